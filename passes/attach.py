@@ -1,0 +1,228 @@
+"""Attaching a trained PEFT adapter: every tensor, pattern and target binds, or it is an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, ValidationError
+
+from peftc.contract import AdapterName, Effect, Method, Pass, PassResult, safe_name
+from peftc.errors import AdapterError, PassError, PeftcError, Violations, did_you_mean, raise_all
+from peftc.registry import method_for
+from peftc.targets import unbound_patterns
+
+if TYPE_CHECKING:
+    from peftc.adapter import AdapterDirectory
+    from peftc.constants import Constant
+    from peftc.program import Program
+
+PREFIX = "base_model.model."
+_SHOWN = 5  # how many of many alike errors are spelled out
+
+
+class Attach(Pass):
+    """Attach a trained PEFT adapter, from the directory that PEFT or peftc wrote."""
+
+    effect: ClassVar[Effect] = Effect.CHANGES
+    positional: ClassVar[str | None] = "path"
+
+    path: Path = Field(description="the adapter's directory")
+    adapter: AdapterName | None = Field(
+        None, description="its name; default: `default` for the first, the folder's for others"
+    )
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="multiplies what the adapter adds; may be negative"
+    )
+
+    def check(self, program: Program) -> list[PeftcError]:
+        try:
+            bound = bind(program, self.path, self.name_in(program), self.weight)
+            errors = bound.directory.not_finite()
+        except Violations as found:
+            errors = list(found.errors)
+        except PeftcError as error:
+            errors = [error]
+        if self.name_in(program) in program.adapters:
+            errors.append(
+                PassError(
+                    f"there is an adapter named {self.name_in(program)!r} already",
+                    where=str(self.path),
+                    fix="give this one another name: adapter=…",
+                )
+            )
+        return errors
+
+    def run(self, program: Program) -> PassResult:
+        return PassResult(bind(program, self.path, self.name_in(program), self.weight).program, True)
+
+    def name_in(self, program: Program) -> str:
+        """The adapter's name in this program."""
+        if self.adapter:
+            return self.adapter
+        return safe_name(self.path.name) if program.adapters else "default"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A program with an adapter attached, and where the adapter's tensors lie."""
+
+    program: Program
+    directory: AdapterDirectory
+
+
+def bind(program: Program, path: Path, name: str, weight: float) -> Bound:
+    """Attaches an adapter.
+
+    Raises:
+        PeftcError: Something in the directory is damaged, unknown, or binds to nothing.
+    """
+    from peftc.adapter import AdapterDirectory
+
+    directory = AdapterDirectory.open(path)
+    method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
+    given, loose, errors = _sort(program, directory, name)
+    raise_all(errors)
+    raise_all(_unserved(program, method, list(given)))
+    sites = [fqn for fqn in program.sites if fqn in given]
+    try:
+        attached = program.inject(method, sites, given)
+    except Violations as found:
+        raise _brief(found) from None
+    biases = _biases(attached, name, loose, directory, weight)
+    return Bound(attached.rewrite(constants=biases), directory)
+
+
+def _method(directory: AdapterDirectory) -> Method:
+    config = directory.config
+    try:
+        return method_for(config["peft_type"]).from_peft(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise AdapterError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=str(directory.path / "adapter_config.json"),
+            fix="correct the config, or save the adapter again",
+        ) from error
+    except AdapterError as error:
+        raise AdapterError(error.what, where=str(directory.path), fix=error.fix) from error
+
+
+def _sort(
+    program: Program, directory: AdapterDirectory, name: str
+) -> tuple[dict[str, dict[str, Constant]], dict[str, Constant], list[PeftcError]]:
+    """Each site's tensors by their local names, the base's own biases, and what binds to neither."""
+    from peftc.sites import local_name
+
+    given: dict[str, dict[str, Constant]] = {}
+    loose: dict[str, Constant] = {}
+    strays: list[str] = []
+    for key, leaf in directory.leaves().items():
+        path = key.removeprefix(PREFIX)
+        site, suffix = _owner(program, path)
+        if path == key:
+            strays.append(key)
+        elif path.replace(".base_layer.", ".") in program.constants:
+            loose[key] = leaf
+        elif site is None:
+            strays.append(key)
+        else:
+            given.setdefault(site, {})[local_name(suffix, name)] = leaf
+    errors: list[PeftcError] = []
+    if not directory.file.tensors:
+        errors.append(AdapterError("holds no tensors", where=str(directory.file.path)))
+    if strays and not given:
+        errors.append(
+            AdapterError(
+                f"belongs to another architecture: none of its {len(strays)} tensors match, such "
+                f"as {strays[0]}",
+                where=str(directory.path),
+                fix=f"this model's layers are named like {next(iter(program.sites), '(none)')}; "
+                f"adapter keys like {PREFIX}<layer>.lora_A.weight",
+            )
+        )
+        return given, loose, errors
+    for key in strays[:_SHOWN]:
+        module = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+        errors.append(
+            AdapterError(
+                f"tensor {key} binds to no site",
+                where=str(directory.file.path),
+                fix=did_you_mean(module, program.sites),
+            )
+        )
+    if len(strays) > _SHOWN:
+        errors.append(AdapterError(f"and {len(strays) - _SHOWN} tensors more bind to no site"))
+    return given, loose, errors
+
+
+def _owner(program: Program, path: str) -> tuple[str | None, str]:
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        if (head := ".".join(parts[:cut])) in program.sites:
+            return head, ".".join(parts[cut:])
+    return None, path
+
+
+def _unserved(program: Program, method: Method, bound: list[str]) -> list[PeftcError]:
+    """Targets and patterns of the config that no tensor of the file serves."""
+    errors: list[PeftcError] = []
+    where = "adapter_config.json"
+    if "targets" in method.model_fields_set:
+        wanted, errors = method.pick(program)
+        if missing := [fqn for fqn in wanted if fqn not in bound]:
+            errors.append(
+                AdapterError(
+                    f"the file lacks the tensors of {len(missing)} targeted layers, such as "
+                    f"{missing[0]}",
+                    where=where,
+                    fix="save the adapter again: a part of it is lost",
+                )
+            )
+    for option in ("rank_pattern", "alpha_pattern"):
+        errors += unbound_patterns(option, getattr(method, option, {}), bound)
+    return errors
+
+
+def _biases(
+    program: Program,
+    name: str,
+    loose: dict[str, Constant],
+    directory: AdapterDirectory,
+    weight: float,
+) -> dict[str, Constant]:
+    """The base's trained biases, which stand in for its own."""
+    wanted = {
+        key.replace(".base_layer.", "."): fqn
+        for key, fqn in program.adapters[name].tensors.items()
+        if fqn in program.stored.values()
+    }
+    where = str(directory.file.path)
+    found = {key.replace(".base_layer.", "."): leaf for key, leaf in loose.items()}
+    errors: list[PeftcError] = [
+        AdapterError(f"tensor {key} replaces a weight that its config does not train", where=where)
+        for key in sorted(set(found) - set(wanted))
+    ] + [AdapterError(f"lacks the trained bias {key}", where=where)
+         for key in sorted(set(wanted) - set(found))]  # fmt: skip
+    for key, leaf in found.items():
+        fqn = wanted.get(key)
+        if fqn and leaf.spec.shape != program.constants[fqn].spec.shape:
+            errors.append(AdapterError(f"{key} has shape {list(leaf.spec.shape)}", where=where))
+    if found and weight != 1:
+        errors.append(
+            AdapterError(
+                f"has trained biases, which cannot be weighed by {weight}",
+                where=where,
+                fix="attach it with weight 1",
+            )
+        )
+    raise_all(errors[:_SHOWN])
+    return {wanted[key]: leaf for key, leaf in found.items()}
+
+
+def _brief(found: Violations) -> PeftcError:
+    shown = list(found.errors[:_SHOWN])
+    if (more := len(found.errors) - len(shown)) > 0:
+        shown.append(AdapterError(f"and {more} errors more of this kind"))
+    return Violations(shown)

@@ -1,0 +1,29 @@
+"""Merging: every adapter folded into the weights, or an error that names what cannot be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from peftc.contract import Effect, Pass, PassResult
+from peftc.errors import PeftcError, raise_all
+
+if TYPE_CHECKING:
+    from peftc.program import Program
+
+
+class Merge(Pass):
+    """Merge all attached adapters into the weights: W + Σ s·B·A, rounded once."""
+
+    effect: ClassVar[Effect] = Effect.EQUAL
+
+    def check(self, program: Program) -> list[PeftcError]:
+        from peftc.algebra import fold_sites
+
+        return list(fold_sites(program)[1])
+
+    def run(self, program: Program) -> PassResult:
+        from peftc.algebra import fold_sites
+
+        merged, errors = fold_sites(program)
+        raise_all(errors)
+        return PassResult(merged, modified=merged is not program)

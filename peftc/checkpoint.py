@@ -1,0 +1,220 @@
+"""A read-only view of a Hugging Face checkpoint directory, from its headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peftc.errors import CheckpointError, raise_all
+from peftc.safetensors_file import SafetensorsFile, TensorRef, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MAX_JSON = 64 << 20
+# What a directory that transformers loads may hold beside its weights, and an export carries over.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model",
+    "chat_template.*", "additional_chat_templates/*", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "image_processor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with config.json and safetensors weights, of which no tensor is read yet."""
+
+    path: Path
+    config: Mapping[str, Any]
+    files: tuple[SafetensorsFile, ...]
+    indexed: bool
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Opens a local directory; `resolve` turns a hub id into one.
+
+        Raises:
+            CheckpointError: There is no config.json or no safetensors weights, the index names a
+                shard that is missing or outside the directory, or a header is damaged.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise CheckpointError(
+                "there is no such directory", where=str(root), fix="check the path"
+            )
+        config = read_json(root / "config.json", "a Hugging Face checkpoint")
+        shards, weight_map = _shards(root)
+        files, errors = [], []
+        for shard in shards:
+            try:
+                files.append(read_header(contained(root, shard)))
+            except CheckpointError as error:
+                errors.append(error)
+        raise_all(errors)
+        found = {name: file.path.name for file in files for name in file.tensors}
+        if sum(len(file.tensors) for file in files) != len(found):
+            raise CheckpointError("two shards hold the same tensor", where=str(root / INDEX))
+        strays = [n for n, shard in (weight_map or {}).items() if found.get(n) != shard]
+        if strays:
+            raise CheckpointError(
+                f"the index places {len(strays)} tensors where they are not: "
+                f"{', '.join(strays[:3])}",
+                where=str(root / INDEX),
+                fix="download the index and its shards again, from one revision",
+            )
+        return cls(root, config, tuple(files), weight_map is not None)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Every tensor by its name, in the order of the files."""
+        return {name: ref for file in self.files for name, ref in file.tensors.items()}
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The size of all weights in bytes."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def companions(self) -> list[Path]:
+        """The files beside the weights that the loaded model needs, relative to `path`."""
+        found = {
+            file.relative_to(self.path)
+            for pattern in COMPANIONS
+            for file in self.path.glob(pattern)
+            if file.is_file()
+        }
+        return sorted(found)
+
+    def pin(self) -> dict[str, Any]:
+        """What identifies these weights without reading them: sizes and hashes of the headers."""
+        return {
+            "path": str(self.path.resolve()),
+            "config": digest_bytes((self.path / "config.json").read_bytes()),
+            "files": {
+                file.path.name: {"size": file.size, "header": _header_digest(file)}
+                for file in self.files
+            },
+        }
+
+
+def resolve(source: str | Path) -> Path:
+    """Turns a local directory or a hub id such as `org/name` into a local directory.
+
+    Raises:
+        CheckpointError: Neither exists, or the hub cannot be reached and its cache lacks the model.
+    """
+    path = Path(source)
+    if path.exists() or not HUB_ID.fullmatch(str(source)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.safetensors", INDEX, "adapter_config.json", *COMPANIONS]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"is neither a directory here nor to be had from the hub ({reason})",
+            where=str(source),
+            fix="check the name; offline, download it first: `hf download " + str(source) + "`",
+        ) from error
+
+
+def contained(root: Path, name: str) -> Path:
+    """The path of `name` in `root`, refused where it is no plain name or leads out of the folder.
+
+    A link is followed inside `root` and, in the hub's cache, from a snapshot to its own blobs.
+    """
+    if name != Path(name).name or "\\" in name or not name.isprintable() or name in ("", ".", ".."):
+        raise CheckpointError(
+            f"names the file {name!r}, which is not a plain file name",
+            where=str(root),
+            fix="do not use this checkpoint: a shard name must not lead out of its folder",
+        )
+    path = root / name
+    if not path.exists():
+        raise CheckpointError(
+            "is named by the index but missing", where=str(path), fix="download the missing file"
+        )
+    real, home = path.resolve(), root.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if real.parent not in (home, blobs):
+        raise CheckpointError(
+            f"is a link out of its folder, to {real}",
+            where=str(path),
+            fix="copy the file into the folder if you trust it",
+        )
+    return path
+
+
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """Reads a JSON object of bounded size; `kind` says what the folder then is."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON + 1)
+        if len(raw) > MAX_JSON:
+            raise ValueError(f"larger than {MAX_JSON} bytes")
+        value = json.loads(raw)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"is missing, so the folder is not {kind}",
+            where=str(path),
+            fix="name a folder that holds it",
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"cannot be read: {error}", where=str(path), fix="download or write it again"
+        ) from error
+    return value
+
+
+def digest_bytes(data: bytes) -> str:
+    """The SHA-256 of `data` in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _header_digest(file: SafetensorsFile) -> str:
+    with file.path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        return digest_bytes(handle.read(length))
+
+
+def _shards(root: Path) -> tuple[list[str], dict[str, str] | None]:
+    index = root / INDEX
+    if index.exists():
+        weight_map = read_json(index, "a sharded checkpoint").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(shard, str) for shard in weight_map.values()
+        ):
+            raise CheckpointError(
+                "has no weight_map of names", where=str(index), fix="download it again"
+            )
+        return sorted(set(weight_map.values())), weight_map
+    if (root / SINGLE).exists():
+        return [SINGLE], None
+    pickles = sorted(file.name for file in root.glob("*.bin")) + sorted(
+        file.name for file in root.glob("*.pt*")
+    )
+    if pickles:
+        raise CheckpointError(
+            f"holds only pickled weights ({pickles[0]}), which run code when opened",
+            where=str(root),
+            fix='convert it once, if you trust it: python -c "from transformers import AutoModel; '
+            f"AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors')\"",
+        )
+    raise CheckpointError(
+        f"holds no weights: neither {SINGLE} nor {INDEX}",
+        where=str(root),
+        fix="name a folder that holds them",
+    )

@@ -1,0 +1,143 @@
+"""Constants: tensors with a shape and a dtype whose values are not computed until they are linked.
+
+A constant is a leaf (bytes of a file), held (a tensor in memory), initial (a distribution and a
+seed) or derived (a graph over other constants). Derived constants are evaluated in fp32 and rounded
+once, to their own dtype, when they are written: a derived constant over a derived constant is not
+rounded in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import fx
+
+from peftc import graphs
+from peftc.errors import CheckpointError
+from peftc.graphs import Spec
+from peftc.safetensors_file import TensorRef
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64,
+    "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Distribution = Literal["zeros", "kaiming_uniform", "gaussian"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that lies in a file."""
+
+    ref: TensorRef
+
+    @cached_property
+    def spec(self) -> Spec:
+        if self.ref.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {self.ref.name!r} has dtype {self.ref.dtype}, which torch cannot hold",
+                where=str(self.ref.file),
+                fix="convert the checkpoint to a dtype that torch has",
+            )
+        return Spec(self.ref.shape, DTYPES[self.ref.dtype])
+
+    @property
+    def key(self) -> str:
+        """What the value depends on, as text."""
+        return f"leaf {self.ref.file} {self.ref.start} {self.ref.dtype} {self.ref.shape}"
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor that is in memory already, of a live module or just trained."""
+
+    tensor: torch.Tensor
+
+    @cached_property
+    def spec(self) -> Spec:
+        return Spec(tuple(self.tensor.shape), self.tensor.dtype)
+
+    @property
+    def key(self) -> str:
+        return f"held {id(self.tensor)} {self.tensor._version}"
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Random or zero start values that depend on the seed and the name only, never on the order.
+
+    `kaiming_uniform` has a = √5, as `torch.nn.Linear` and PEFT's `lora_A` have: uniform within
+    ±1/√fan_in. `gaussian` is normal with standard deviation `scale`.
+    """
+
+    name: str
+    spec: Spec
+    distribution: Distribution
+    seed: int = 0
+    scale: float = 1.0
+
+    @property
+    def key(self) -> str:
+        return f"initial {self.name} {self.spec} {self.distribution} {self.seed} {self.scale}"
+
+    def sample(self) -> torch.Tensor:
+        """The fp32 values."""
+        if self.distribution == "zeros":
+            return torch.zeros(self.spec.shape)
+        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        values = torch.empty(self.spec.shape)
+        if self.distribution == "gaussian":
+            return values.normal_(0.0, self.scale, generator=generator)
+        bound = 1 / math.sqrt(self.spec.shape[1])
+        return values.uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A graph over other constants, which its `get_attr` nodes name."""
+
+    graph: fx.Graph
+    inputs: Mapping[str, Constant]
+    spec: Spec
+
+    @cached_property
+    def key(self) -> str:
+        inputs = " ".join(f"{name}=({self.inputs[name].key})" for name in sorted(self.inputs))
+        return f"derived {graphs.text(self.graph)} {self.spec} {inputs}"
+
+
+Constant = Leaf | Held | Initial | Derived
+
+
+def derive(graph: fx.Graph, constants: Mapping[str, Constant], dtype: torch.dtype) -> Derived:
+    """Binds a graph's names to constants.
+
+    Raises:
+        RuntimeError: The shapes do not go together.
+    """
+    graph = graphs.intern(graph)
+    inputs = {name: constants[name] for name in graphs.constant_names(graph)}
+    # Evaluation is in fp32, so dtypes that differ are no error in a constant.
+    specs = {n: Spec(c.spec.shape, torch.float32) for n, c in inputs.items()}
+    shape = _derived_shape(graph, tuple(sorted(specs.items())))
+    return Derived(graph, inputs, Spec(shape, dtype))
+
+
+_shapes: dict[tuple[fx.Graph, tuple[tuple[str, Spec], ...]], tuple[int, ...]] = {}
+
+
+def _derived_shape(graph: fx.Graph, specs: tuple[tuple[str, Spec], ...]) -> tuple[int, ...]:
+    key = graph, specs
+    if key not in _shapes:
+        _shapes[key] = graphs.propagate(graph, dict(specs))[graphs.output(graph)].shape
+    return _shapes[key]

@@ -1,0 +1,269 @@
+"""Evaluation of graphs by rows, in fp32, on demand.
+
+A weight is written, checked and proved some rows at a time, so that what is worked on stays in the
+processor's cache and a few tensors' memory suffices for any model. The rows asked of a graph's
+output are asked of its inputs in turn: the rows of W + s·B·A are rows of W and of B, and all of A.
+For a value that depends on x, its "rows" are its features, the last dimension: the features of
+x·Wᵀ are rows of W. An operator that is not in the table is evaluated whole, once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc import graphs
+from peftc.constants import Constant, Derived, Held, Initial, Leaf
+from peftc.errors import CheckpointError
+from peftc.graphs import Spec, aten
+
+CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: stays in a core's cache
+_POINTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
+_IN_PLACE = {aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul}
+_FRESH = {aten.mm.default, aten.linear.default, *_IN_PLACE}  # whose results are no views
+
+
+def chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
+    """Ranges of rows that hold about `elements` elements each."""
+    if not shape:
+        return [(0, 1)]
+    width = max(1, torch.Size(shape[1:]).numel())
+    step = max(1, elements // width)
+    return [(low, min(low + step, shape[0])) for low in range(0, shape[0], step)]
+
+
+def value(constant: Constant) -> torch.Tensor:
+    """A whole constant in its own dtype, rounded once."""
+    if isinstance(constant, Leaf):
+        return read(constant)
+    if isinstance(constant, Held):
+        return constant.tensor.detach()
+    if isinstance(constant, Initial):
+        return constant.sample().to(constant.spec.dtype)
+    return Evaluation(constant.graph, constant.inputs).whole().to(constant.spec.dtype)
+
+
+def read(leaf: Leaf, low: int = 0, high: int | None = None) -> torch.Tensor:
+    """Rows low to high of a leaf, in its own dtype."""
+    shape, ref = leaf.spec.shape, leaf.ref
+    if not shape:
+        return _read_bytes(ref.file, ref.start, ref.nbytes).view(leaf.spec.dtype).reshape(())
+    high = shape[0] if high is None else high
+    row = ref.nbytes // max(1, shape[0])
+    raw = _read_bytes(ref.file, ref.start + low * row, (high - low) * row)
+    return raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
+
+
+class Evaluation:
+    """A graph bound to its constants and, where it has one, its input.
+
+    Args:
+        graph: An interned graph.
+        constants: What its `get_attr` nodes name.
+        x: Its input, fp32, of shape (samples, in features).
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        constants: Mapping[str, Constant],
+        x: torch.Tensor | None = None,
+    ) -> None:
+        self.graph, self.x = graph, x
+        self.constants = constants
+        shapes = {n: Spec(constants[n].spec.shape, torch.float32) for n in _names(graph)}
+        self.plan = _plan(graph, tuple(sorted(shapes.items())), None if x is None else x.shape)
+        self._whole: dict[fx.Node, torch.Tensor] = {}
+        self._nested: dict[str, Evaluation] = {}
+
+    @property
+    def size(self) -> int:
+        """How many rows (or, with an input, features) the output has."""
+        return self.plan.size
+
+    def whole(self) -> torch.Tensor:
+        """The whole output, fp32."""
+        return self._value(graphs.output(self.graph))
+
+    def rows(self, low: int, high: int) -> torch.Tensor:
+        """Rows low to high of the output, fp32; features where the graph has an input."""
+        return self._slice(graphs.output(self.graph), {}, low, high)
+
+    def _slice(
+        self, node: fx.Node, done: dict[fx.Node, torch.Tensor], low: int, high: int
+    ) -> torch.Tensor:
+        if node in done:
+            return done[node]
+        if node not in self.plan.sliced:
+            whole = self._value(node)
+            if node in self.plan.activations:
+                return whole[..., low:high]
+            return whole[low:high] if whole.dim() else whole
+        if node.op == "get_attr":
+            result = self._constant(str(node.target), (low, high))
+        else:
+            which = self.plan.sliced[node]
+            args = [
+                self._slice(a, done, low, high) if i in which else self._argument(a)
+                for i, a in enumerate(node.args)
+            ]
+            result = self._call(node, args)
+        done[node] = result
+        return result
+
+    def _value(self, node: fx.Node) -> torch.Tensor:
+        if node not in self._whole:
+            if node.op == "placeholder":
+                assert self.x is not None
+                self._whole[node] = self.x
+            elif node.op == "get_attr":
+                self._whole[node] = self._constant(str(node.target), None)
+            else:
+                self._whole[node] = self._call(node, [self._argument(a) for a in node.args])
+        return self._whole[node]
+
+    def _argument(self, argument: Any) -> Any:
+        return self._value(argument) if isinstance(argument, fx.Node) else argument
+
+    def _call(self, node: fx.Node, args: list[Any]) -> torch.Tensor:
+        # In fp32 throughout, a cast is nothing; nor is dropout, which is not for evaluation.
+        if node.op == "call_module" or node.target is aten.type_as.default:
+            result: torch.Tensor = args[0]
+            return result
+        inplace = _IN_PLACE.get(node.target)
+        if inplace and (spare := self._spare(node, args)) is not None:
+            return inplace(*args, out=spare)
+        assert callable(node.target)
+        result = node.target(*args)
+        return result
+
+    def _spare(self, node: fx.Node, args: list[Any]) -> torch.Tensor | None:
+        """An argument computed here for this node alone, whose memory the result may take."""
+        for argument, tensor in zip(node.args, args, strict=True):
+            if (
+                isinstance(argument, fx.Node)
+                and argument in self.plan.sliced
+                and len(argument.users) == 1
+                and argument.target in _FRESH
+                and self.plan.specs[argument].shape == self.plan.specs[node].shape
+            ):
+                assert isinstance(tensor, torch.Tensor)
+                return tensor
+        return None
+
+    def _constant(self, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
+        constant = self.constants[name]
+        if isinstance(constant, Leaf):
+            return (read(constant) if rows is None else read(constant, *rows)).float()
+        if isinstance(constant, Derived):
+            if name not in self._nested:
+                self._nested[name] = Evaluation(constant.graph, constant.inputs)
+            inner = self._nested[name]
+            return inner.whole() if rows is None else inner.rows(*rows)
+        tensor = constant.sample() if isinstance(constant, Initial) else constant.tensor.detach()
+        return (tensor if rows is None or not tensor.dim() else tensor[rows[0] : rows[1]]).float()
+
+
+class _Plan:
+    """For each node that can be had by rows, which of its arguments are asked by rows too."""
+
+    def __init__(self, graph: fx.Graph, specs: dict[str, Spec], x: Spec | None) -> None:
+        self.activations = graphs.depends_on_input(graph)
+        self.specs = graphs.propagate(graph, specs, x)
+        self.sliced: dict[fx.Node, frozenset[int]] = {}
+        whole: set[fx.Node] = set()
+        out = graphs.output(graph)
+        demanded = {out}
+        for node in reversed(graph.nodes):
+            if node not in demanded and node not in whole:
+                continue
+            rule = None if node in whole or not self.specs[node].shape else self._rule(node)
+            if rule is None:
+                whole.update((node, *node.all_input_nodes))
+                continue
+            self.sliced[node] = rule
+            for i, argument in enumerate(node.args):
+                if isinstance(argument, fx.Node):
+                    (demanded if i in rule else whole).add(argument)
+        shape = self.specs[out].shape or (1,)
+        self.size = shape[-1 if out in self.activations else 0]
+
+    def _rule(self, node: fx.Node) -> frozenset[int] | None:
+        if node.op == "get_attr":
+            return frozenset()
+        if node.op == "call_module" or node.target is aten.type_as.default:
+            return frozenset({0})
+        if node.target is aten.mm.default:
+            return frozenset({0})
+        if node.target is aten.linear.default:
+            return frozenset(range(1, len(node.args)))
+        if node.target in _POINTWISE:
+            return frozenset(i for i, a in enumerate(node.args) if self._follows(node, a))
+        return None
+
+    def _follows(self, node: fx.Node, argument: Any) -> bool:
+        """Whether a pointwise operand has the rows of the result, rather than being broadcast."""
+        if not isinstance(argument, fx.Node):
+            return False
+        shape, result = self.specs[argument].shape, self.specs[node].shape
+        if argument in self.activations:
+            return shape[-1] == result[-1]
+        if node in self.activations:
+            return len(shape) == 1 and shape[0] == result[-1]
+        return len(shape) == len(result) and shape[0] == result[0]
+
+
+_plans: dict[Any, _Plan] = {}
+
+
+def _plan(
+    graph: fx.Graph, specs: tuple[tuple[str, Spec], ...], x: torch.Size | None
+) -> _Plan:
+    key = graph, specs, x
+    if key not in _plans:
+        spec = None if x is None else Spec(tuple(x), torch.float32)
+        _plans[key] = _Plan(graph, dict(specs), spec)
+    return _plans[key]
+
+
+@lru_cache(maxsize=4096)
+def _names(graph: fx.Graph) -> tuple[str, ...]:
+    return tuple(graphs.constant_names(graph))
+
+
+class _OpenFile:
+    """A file descriptor that closes with its last user."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+@lru_cache(maxsize=64)
+def _open(path: Path, inode: int, size: int) -> _OpenFile:
+    return _OpenFile(path)
+
+
+def _read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
+    raw = torch.empty(count, dtype=torch.uint8)
+    view = memoryview(raw.numpy())
+    info = path.stat()
+    file = _open(path, info.st_ino, info.st_size)
+    done = 0
+    while done < count:
+        got = os.preadv(file.fd, [view[done:]], start + done)
+        if not got:
+            raise CheckpointError(
+                "was truncated while it was read", where=str(path), fix="restore it, and run again"
+            )
+        done += got
+    return raw

@@ -1,0 +1,164 @@
+"""Pipelines: passes run in order, each checked on its result before the next one sees it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from peftc import graphs, registry
+from peftc.constants import Constant
+from peftc.contract import Effect, Pass
+from peftc.errors import PassError, PeftcError, ProofError, TiedWeightError, raise_all
+from peftc.evaluate import Evaluation
+from peftc.graphs import Spec
+from peftc.program import Entry, Program
+from peftc.sites import Site
+
+EQUAL_BOUND = 1e-5  # fp32 rounding of a sum in another order
+SAMPLES, FEATURES = 4, 32  # of random input and of each site's output, per check
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order in which they run."""
+
+    passes: Sequence[Pass]
+
+    def run(self, program: Program, on_pass: Callable[[Entry], None] | None = None) -> Program:
+        """Runs every pass and checks it on its result.
+
+        Args:
+            program: What the first pass works on.
+            on_pass: Called with the journal's entry after each pass.
+
+        Raises:
+            PeftcError: A pass cannot run on this program (all of its violations at once), or its
+                result is not what it declared.
+        """
+        for pass_ in self.passes:
+            program = run_pass(program, pass_)
+            if on_pass:
+                on_pass(program.journal[-1])
+        return program
+
+
+def run_pass(program: Program, pass_: Pass) -> Program:
+    """One pass: check, run, check the result, write the journal."""
+    title = registry.name_of(type(pass_))
+    raise_all(pass_.check(program))
+    result = pass_.run(program)
+    after = result.program
+    changed = [
+        fqn
+        for fqn, site in after.sites.items()
+        if site is not program.sites.get(fqn) or _rebound(program, after, site)
+    ]
+    raise_all(_violations(program, after, changed, title))
+    if result.modified != (after.fingerprint != program.fingerprint):
+        raise PassError(f"pass {title} says modified={result.modified}, and that is not so")
+    measured = _measure(program, after, changed, pass_.effect, title)
+    entry = Entry(
+        title, _options(pass_), pass_.effect.value, len(changed), result.modified, measured
+    )
+    return replace(after, journal=(*program.journal, entry))
+
+
+def _options(pass_: Pass) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    return pass_.model_dump(mode="json", exclude_defaults=True)
+
+
+def _rebound(before: Program, after: Program, site: Site) -> bool:
+    names = (f"{site.fqn}.{name}" for name in graphs.constant_names(site.graph))
+    return any(after.constants[name] is not before.constants.get(name) for name in names)
+
+
+def _violations(
+    before: Program, after: Program, changed: list[str], title: str
+) -> list[PeftcError]:
+    """What is wrong with a result whatever its numbers: graphs, shapes, dtypes, tied weights."""
+    errors: list[PeftcError] = []
+    seen: dict[Any, tuple[int, ...]] = {}
+    for fqn in changed:
+        site, old = after.sites[fqn], before.sites.get(fqn)
+        specs = after.specs(site)
+        key = site.graph, tuple(sorted(specs.items()))
+        try:
+            if key not in seen:
+                site.graph.lint()
+                dtype = specs["weight"].dtype
+                x = Spec((2, 3, site.in_features), dtype)
+                y = graphs.propagate(site.graph, specs, x)[graphs.output(site.graph)]
+                if y.dtype != dtype:
+                    raise RuntimeError(f"its output is {y.dtype}, and was {dtype}")
+                seen[key] = y.shape
+            if seen[key] != (2, 3, site.out_features):
+                raise RuntimeError(f"its output has the shape {seen[key]}")
+        except (RuntimeError, TypeError) as error:
+            errors.append(PassError(f"pass {title} left a graph that fails: {error}", where=fqn))
+        if old is not None and (old.in_features, old.out_features) != (
+            site.in_features, site.out_features):  # fmt: skip
+            errors.append(PassError(f"pass {title} changed the site's features", where=fqn))
+    for tied, owner in after.aliases.items():
+        one, other = after.constants.get(tied), after.constants.get(owner)
+        if (one is before.constants.get(tied)) == (other is before.constants.get(owner)):
+            continue
+        changed_one, kept = (owner, tied) if one is before.constants.get(tied) else (tied, owner)
+        errors.append(
+            TiedWeightError(
+                f"is tied to {kept}: pass {title} would change one and not the other",
+                where=changed_one,
+                fix=f"exclude it ({changed_one.rsplit('.', 1)[0]}), or keep its adapter unmerged",
+            )
+        )
+    return errors
+
+
+def _measure(
+    before: Program, after: Program, changed: list[str], effect: Effect, title: str
+) -> dict[str, Any]:
+    """The effect by number: each changed site on random input, some features of its output."""
+    worst, where = 0.0, None
+    for fqn in changed:
+        old = before.sites.get(fqn)
+        if old is None:
+            continue
+        error = site_error(
+            fqn, (old, before.bindings(old)), (after.sites[fqn], after.bindings(after.sites[fqn]))
+        )
+        if not error < float("inf"):
+            raise ProofError(f"pass {title} gives values that are not finite", where=fqn)
+        if error >= worst:
+            worst, where = error, fqn
+    bound = {Effect.IDENTITY: 0.0, Effect.EQUAL: EQUAL_BOUND}.get(effect)
+    if bound is not None and worst > bound:
+        raise ProofError(
+            f"pass {title} declares {effect.value}, and changes the output by {worst:.2e} of its "
+            f"largest value (bound {bound:g})",
+            where=where,
+            fix="this is a bug in the pass; please report it with the recipe",
+        )
+    return {"largest_relative_change": worst, "at": where} if changed else {}
+
+
+Bound = tuple[Site, Mapping[str, Constant]]
+
+
+def site_error(fqn: str, one: Bound, other: Bound) -> float:
+    """How much two forms of a site differ, over the largest value of the first, in fp32.
+
+    Both see the same random input (samples from the site's name); of a large output a window of
+    features is compared, so that only those rows of the weights are read.
+    """
+    seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:7], "little")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(SAMPLES, one[0].in_features, generator=generator)
+    low = seed % max(1, one[0].out_features - FEATURES + 1)
+    high = min(low + FEATURES, one[0].out_features)
+    a, b = (Evaluation(site.graph, bound, x).rows(low, high) for site, bound in (one, other))
+    scale = a.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((a - b).abs().max() / scale)

@@ -1,0 +1,220 @@
+"""The program: a model's sites and constants, and the journal of what was done to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from peftc import graphs
+from peftc.constants import Constant
+from peftc.errors import AdapterError, PeftcError, raise_all
+from peftc.graphs import Spec
+from peftc.sites import Site, SiteEditor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file of the source's layout: its tensors by their stored names, in order."""
+
+    name: str
+    tensors: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+
+class Source(Protocol):
+    """Where a program came from, and how its output is laid out."""
+
+    def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
+        """The live, unmodified model."""
+
+    def layout(self) -> list[OutputFile]:
+        """The weight files to write."""
+
+    def companions(self) -> list[Path]:
+        """Files to carry over as they are, by absolute path."""
+
+    def pin(self) -> dict[str, Any]:
+        """What identifies the source."""
+
+
+class Injector(Protocol):
+    """What `Program.inject` needs of a method (see `peftc.contract.Method`)."""
+
+    @property
+    def adapter(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    def inject(self, site: SiteEditor) -> None: ...
+    def peft_config(self) -> dict[str, Any]: ...
+    def trainable_biases(self, program: Program, sites: list[str]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one method added to a program.
+
+    Attributes:
+        config: PEFT's adapter_config.json.
+        tensors: The name in PEFT's file of every tensor that belongs to it, and its name here.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """A site as it was before it was folded: what the folded one must be equal to."""
+
+    site: Site
+    constants: Mapping[str, Constant]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal."""
+
+    title: str
+    options: Mapping[str, Any]
+    effect: str
+    sites: int
+    modified: bool
+    measured: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A model under compilation. It is never changed: a pass returns another one.
+
+    Attributes:
+        source: Where it came from.
+        sites: The places that may be rewritten, by name, in the model's order.
+        constants: Every tensor of the model by its name in the live model.
+        stored: The name in the live model of each stored tensor, by its name in the checkpoint.
+        aliases: For each tied tensor, the name of the tensor that it shares memory with.
+        modules: The names of all modules, to tell a wrong name from a wrong kind of module.
+        head: The name of the output head, which `all-linear` leaves alone.
+        adapters: What methods added, by name.
+        unfolded: For each folded site, what it was.
+        journal: What was done.
+    """
+
+    source: Source
+    sites: Mapping[str, Site]
+    constants: Mapping[str, Constant]
+    stored: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
+    head: str | None = None
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    unfolded: Mapping[str, Unfolded] = field(default_factory=dict)
+    journal: tuple[Entry, ...] = ()
+
+    def bindings(self, site: Site) -> dict[str, Constant]:
+        """The constants of a site by their names relative to it."""
+        names = graphs.constant_names(site.graph)
+        return {name: self.constants[f"{site.fqn}.{name}"] for name in names}
+
+    def specs(self, site: Site) -> dict[str, Spec]:
+        """Shapes and dtypes of a site's constants."""
+        return {name: constant.spec for name, constant in self.bindings(site).items()}
+
+    def rewrite(
+        self,
+        sites: Iterable[Site] = (),
+        constants: Mapping[str, Constant] | None = None,
+        **changes: Any,
+    ) -> Program:
+        """A program with some sites and constants replaced or added."""
+        return replace(
+            self,
+            sites={**self.sites, **{site.fqn: site for site in sites}},
+            constants={**self.constants, **(constants or {})},
+            **changes,
+        )
+
+    def inject(
+        self,
+        method: Injector,
+        names: Sequence[str],
+        given: Mapping[str, Mapping[str, Constant]] | None = None,
+    ) -> Program:
+        """A program whose named sites carry what a method adds.
+
+        Args:
+            method: Says what it adds to one site.
+            names: The sites.
+            given: Trained tensors for each site, by their names relative to it.
+
+        Raises:
+            AdapterError: Given tensors are missing, have other shapes, or are not asked for.
+        """
+        sites: list[Site] = []
+        constants: dict[str, Constant] = {}
+        tensors: dict[str, str] = {}
+        errors: list[PeftcError] = []
+        for name in names:
+            trained = None if given is None else given[name]
+            editor = SiteEditor(self.sites[name], method.adapter, method.seed, trained)
+            try:
+                method.inject(editor)
+            except AdapterError as error:
+                errors.append(error)
+                continue
+            for extra in sorted(set(trained or ()) - set(editor.created)):
+                errors.append(AdapterError(f"{extra} is not part of this method", where=name))
+            sites.append(editor.finish())
+            for local, constant in editor.created.items():
+                constants[f"{name}.{local}"] = constant
+                tensors[_peft_key(name, local, method.adapter)] = f"{name}.{local}"
+        raise_all(errors)
+        for bias in method.trainable_biases(self, list(names)):
+            owner, _, leaf = bias.rpartition(".")
+            infix = "base_layer." if owner in names else ""
+            tensors[f"{PEFT_PREFIX}{owner}.{infix}{leaf}"] = bias
+        adapter = Adapter(method.adapter, method.peft_config(), tensors)
+        return self.rewrite(sites, constants, adapters={**self.adapters, adapter.name: adapter})
+
+    def without(self, fqns: Iterable[str]) -> Program:
+        """A program without these constants; an adapter that is left with none is gone."""
+        gone = set(fqns)
+        adapters = {}
+        for adapter in self.adapters.values():
+            left = {key: fqn for key, fqn in adapter.tensors.items() if fqn not in gone}
+            if any(fqn not in self.stored.values() for fqn in left.values()):
+                adapters[adapter.name] = replace(adapter, tensors=left)
+        kept = {fqn: c for fqn, c in self.constants.items() if fqn not in gone}
+        return replace(self, constants=kept, adapters=adapters)
+
+    @property
+    def trainable(self) -> set[str]:
+        """The names of the tensors that training changes."""
+        return {fqn for adapter in self.adapters.values() for fqn in adapter.tensors.values()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that determines the output: graphs, constants, adapters."""
+        digest = hashlib.sha256()
+        for fqn in sorted(self.sites):
+            site = self.sites[fqn]
+            digest.update(f"{fqn}\n{graphs.text(site.graph)}\n{dict(site.dropouts)}\n".encode())
+        for fqn in sorted(self.constants):
+            digest.update(f"{fqn} {self.constants[fqn].key}\n".encode())
+        digest.update(repr(sorted((a.name, sorted(a.tensors)) for a in self.adapters.values())).encode())
+        return digest.hexdigest()
+
+
+def _peft_key(site: str, local: str, adapter: str) -> str:
+    head, _, tail = local.partition(f".{adapter}")
+    return f"{PEFT_PREFIX}{site}.{head}{tail}"

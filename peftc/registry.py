@@ -1,0 +1,50 @@
+"""The registered passes: one line each, imported when they are used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from peftc.contract import Method, Pass
+from peftc.errors import AdapterError, PassError, did_you_mean
+
+PASSES = {
+    "lora": "peftc.passes.lora:Lora",
+    "attach": "peftc.passes.attach:Attach",
+    "fold": "peftc.passes.fold:Fold",
+    "merge": "peftc.passes.merge:Merge",
+    "unmerge": "peftc.passes.unmerge:Unmerge",
+}
+
+
+def load(name: str) -> type[Pass]:
+    """The class of a registered pass.
+
+    Raises:
+        PassError: There is no such pass.
+    """
+    if name not in PASSES:
+        raise PassError(f"there is no pass {name!r}", fix=did_you_mean(name, PASSES))
+    module, _, attribute = PASSES[name].partition(":")
+    found = getattr(import_module(module), attribute)
+    assert issubclass(found, Pass)
+    return found
+
+
+def name_of(cls: type[Pass]) -> str:
+    """The name under which a pass is registered; an unregistered one has its class's."""
+    path = f"{cls.__module__}:{cls.__name__}"
+    return next((name for name, entry in PASSES.items() if entry == path), cls.__name__.lower())
+
+
+def method_for(peft_type: str) -> type[Method]:
+    """The method that reads adapters of a PEFT type.
+
+    Raises:
+        AdapterError: None does.
+    """
+    methods = [cls for cls in map(load, PASSES) if issubclass(cls, Method)]
+    for cls in methods:
+        if cls.peft_type == peft_type:
+            return cls
+    known = ", ".join(sorted(cls.peft_type for cls in methods))
+    raise AdapterError(f"adapters of type {peft_type} cannot be attached", fix=f"there are: {known}")

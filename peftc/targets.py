@@ -1,0 +1,155 @@
+"""Which sites a pass works on, said the way PEFT's users say it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from peftc.errors import PeftcError, SelectionError, did_you_mean
+
+if TYPE_CHECKING:
+    from peftc.program import Program
+
+ALL_LINEAR = "all-linear"
+
+
+def _layer_ranges(value: Any) -> Any:
+    """`0-3,8` is layers 0, 1, 2, 3 and 8."""
+    if not isinstance(value, str):
+        return [value] if isinstance(value, int) else value
+    layers: list[int] = []
+    for part in value.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            raise ValueError(f"{part!r} is no layer or range of layers, such as 4 or 0-3")
+        layers.extend(range(int(low), int(high or low) + 1))
+    return layers
+
+
+def _names(value: Any) -> Any:
+    """`q_proj,v_proj` is two names; a string with regular-expression signs is one expression."""
+    if not isinstance(value, str) or value == ALL_LINEAR:
+        return value
+    if not re.search(r"[\\()\[\]{}|*+?^$]", value):
+        return [part.strip() for part in value.split(",")]
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+    return value
+
+
+Names = Annotated[str | list[str], BeforeValidator(_names)]
+Layers = Annotated[list[int], BeforeValidator(_layer_ranges)]
+
+
+class Targets(BaseModel):
+    """The fields by which a pass selects its sites, with PEFT's meaning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: Names = Field(
+        ALL_LINEAR,
+        description="module names or suffixes (q_proj,v_proj), a regular expression that matches "
+        "the whole name, or all-linear: every linear layer but the output head",
+    )
+    exclude: Names | None = Field(None, description="modules to leave alone, written like targets")
+    layers: Layers | None = Field(None, description="only these layers: 0-3,8")
+    layers_pattern: str | None = Field(
+        None, description="the name before the layer's number, where it is not the first number"
+    )
+
+    def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:
+        """The selected sites' names, in the model's order, and what matched nothing."""
+        names, others = list(program.sites), program.modules
+        errors: list[PeftcError] = []
+        if self.targets == ALL_LINEAR:
+            chosen = [name for name in names if name != program.head]
+        else:
+            chosen = [name for name in names if _matches(self.targets, name)]
+            errors += _idle("target", self.targets, names, names, others)
+        if self.exclude is not None:
+            chosen = [name for name in chosen if not _matches(self.exclude, name)]
+            errors += _idle("exclusion", self.exclude, (*names, *others), names, others)
+        if self.layers is not None:
+            numbers = {name: self._layer(name) for name in chosen}
+            for layer in self.layers:
+                if layer not in numbers.values():
+                    errors.append(_no_layer(layer, numbers.values()))
+            chosen = [name for name in chosen if numbers[name] in self.layers]
+        if not chosen and not errors:
+            errors.append(
+                SelectionError(
+                    f"no site is left to work on ({len(names)} linear layers in the model)",
+                    fix="widen targets, or narrow exclude and layers",
+                )
+            )
+        return chosen, errors
+
+    def _layer(self, name: str) -> int | None:
+        pattern = self.layers_pattern
+        found = re.match(
+            rf"(?:^|.*?\.){pattern}\.(\d+)\." if pattern else r".*?\.[^.]*\.(\d+)\.", name
+        )
+        return int(found[1]) if found else None
+
+
+def pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern that names a module by its whole name or its last parts, as PEFT's does."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return pattern
+    return None
+
+
+def unbound_patterns(
+    option: str, patterns: Iterable[str], names: Sequence[str]
+) -> list[PeftcError]:
+    """An error for each pattern that names none of the modules."""
+    return [
+        _unmatched(option, pattern, names, ())
+        for pattern in patterns
+        if not any(pattern_key([pattern], name) for name in names)
+    ]
+
+
+def _matches(patterns: str | list[str], name: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _idle(
+    what: str,
+    patterns: str | list[str],
+    scope: Sequence[str],
+    names: Sequence[str],
+    others: Iterable[str],
+) -> list[PeftcError]:
+    """An error for each pattern that matches nothing in scope."""
+    singles = [patterns] if isinstance(patterns, str) else [[p] for p in patterns]
+    return [
+        _unmatched(what, single if isinstance(single, str) else single[0], names, others)
+        for single in singles
+        if not any(_matches(single, name) for name in scope)
+    ]
+
+
+def _unmatched(
+    what: str, pattern: str, names: Sequence[str], others: Iterable[str]
+) -> SelectionError:
+    if any(_matches([pattern], name) for name in others):
+        return SelectionError(
+            f"{what} {pattern!r} names a module that is no linear layer",
+            fix=did_you_mean(pattern, names),
+        )
+    return SelectionError(f"{what} {pattern!r} matches no site", fix=did_you_mean(pattern, names))
+
+
+def _no_layer(layer: int, known: Iterable[int | None]) -> SelectionError:
+    numbers = sorted({n for n in known if n is not None})
+    there = f"0 to {numbers[-1]}" if numbers else "none"
+    return SelectionError(f"layer {layer} matches no site", fix=f"layers with targets: {there}")
