@@ -34,7 +34,9 @@ def capture(source: str | Path | nn.Module) -> Program:
     """
     if isinstance(source, nn.Module):
         return _capture_module(source)
-    return capture_checkpoint(Checkpoint.open(resolve(source)))
+    path = resolve(source)
+    name = str(path.resolve()) if Path(source).exists() else str(source)
+    return capture_checkpoint(Checkpoint.open(path), name)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class CheckpointSource:
     """A program's origin in a Hugging Face directory."""
 
     checkpoint: Checkpoint
+    name: str
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return tuple(map(str, self.checkpoint.config.get("architectures") or ()))
 
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
         """Loads the model with transformers, in eval mode."""
@@ -53,12 +60,12 @@ class CheckpointSource:
 
     def layout(self) -> list[OutputFile]:
         return [
-            OutputFile(file.path.name, tuple(file.tensors), file.metadata)
+            OutputFile(file.path.name, tuple(file.tensors), file.metadata, file)
             for file in self.checkpoint.files
         ]
 
-    def companions(self) -> list[Path]:
-        return [self.checkpoint.path / file for file in self.checkpoint.companions]
+    def companions(self) -> dict[str, Path]:
+        return self.checkpoint.companions
 
     def pin(self) -> dict[str, Any]:
         return self.checkpoint.pin()
@@ -69,6 +76,11 @@ class ModuleSource:
     """A program's origin in a live module."""
 
     module: nn.Module
+    name: None = None
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return (type(self.module).__name__,)
 
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
         """A copy of the module."""
@@ -78,14 +90,14 @@ class ModuleSource:
         owned = {id(tensor): name for name, tensor in reversed(_state(self.module).items())}
         return [OutputFile("model.safetensors", tuple(reversed(owned.values())), {"format": "pt"})]
 
-    def companions(self) -> list[Path]:
-        return []
+    def companions(self) -> dict[str, Path]:
+        return {}
 
     def pin(self) -> dict[str, Any]:
         return {"module": f"{type(self.module).__module__}.{type(self.module).__qualname__}"}
 
 
-def capture_checkpoint(checkpoint: Checkpoint) -> Program:
+def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
     """Captures an opened checkpoint: its skeleton on the meta device, its tensors as leaves."""
     skeleton = _skeleton(checkpoint)
     state = _state(skeleton)
@@ -111,7 +123,8 @@ def capture_checkpoint(checkpoint: Checkpoint) -> Program:
             constants.setdefault(owner, found)
             constants.setdefault(tied, found)
     head = skeleton.get_output_embeddings()
-    return _program(CheckpointSource(checkpoint), skeleton, constants, stored, aliases, head)
+    source = CheckpointSource(checkpoint, name)
+    return _program(source, skeleton, constants, stored, aliases, head)
 
 
 def _capture_module(module: nn.Module) -> Program:
@@ -231,6 +244,7 @@ def _program(
     return Program(
         source,
         sites,
+        constants,
         constants,
         stored,
         aliases,

@@ -51,7 +51,7 @@ class Checkpoint:
                 "there is no such directory", where=str(root), fix="check the path"
             )
         config = read_json(root / "config.json", "a Hugging Face checkpoint")
-        shards, weight_map = _shards(root)
+        shards, weight_map = _shards(root, config)
         files, errors = [], []
         for shard in shards:
             try:
@@ -83,15 +83,18 @@ class Checkpoint:
         return sum(file.size for file in self.files)
 
     @property
-    def companions(self) -> list[Path]:
-        """The files beside the weights that the loaded model needs, relative to `path`."""
-        found = {
-            file.relative_to(self.path)
-            for pattern in COMPANIONS
-            for file in self.path.glob(pattern)
-            if file.is_file()
-        }
-        return sorted(found)
+    def companions(self) -> dict[str, Path]:
+        """The files beside the weights that the loaded model needs, by their relative names.
+
+        Raises:
+            CheckpointError: One of them is a link out of the directory.
+        """
+        found = {}
+        for pattern in (*COMPANIONS, INDEX) if self.indexed else COMPANIONS:
+            for file in self.path.glob(pattern):
+                if file.is_file():
+                    found[str(file.relative_to(self.path))] = contained(file.parent, file.name)
+        return dict(sorted(found.items()))
 
     def pin(self) -> dict[str, Any]:
         """What identifies these weights without reading them: sizes and hashes of the headers."""
@@ -190,7 +193,7 @@ def _header_digest(file: SafetensorsFile) -> str:
         return digest_bytes(handle.read(length))
 
 
-def _shards(root: Path) -> tuple[list[str], dict[str, str] | None]:
+def _shards(root: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str, str] | None]:
     index = root / INDEX
     if index.exists():
         weight_map = read_json(index, "a sharded checkpoint").get("weight_map")
@@ -207,10 +210,11 @@ def _shards(root: Path) -> tuple[list[str], dict[str, str] | None]:
         file.name for file in root.glob("*.pt*")
     )
     if pickles:
+        cls = (config.get("architectures") or ["AutoModel"])[0]
         raise CheckpointError(
             f"holds only pickled weights ({pickles[0]}), which run code when opened",
             where=str(root),
-            fix='convert it once, if you trust it: python -c "from transformers import AutoModel; '
+            fix=f'convert it once, if you trust it: python -c "from transformers import AutoModel; '
             f"AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors')\"",
         )
     raise CheckpointError(

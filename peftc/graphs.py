@@ -98,7 +98,7 @@ class _Name(str):
 
 def intern(graph: fx.Graph) -> fx.Graph:
     """The one graph that stands for all of this structure, dead nodes removed."""
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     key = text(graph)
     shared = _interned.setdefault(key, graph)
     _texts[shared] = key

@@ -13,6 +13,7 @@ from peftc import graphs
 from peftc.constants import Constant
 from peftc.errors import AdapterError, PeftcError, raise_all
 from peftc.graphs import Spec
+from peftc.safetensors_file import SafetensorsFile
 from peftc.sites import Site, SiteEditor
 
 if TYPE_CHECKING:
@@ -29,10 +30,19 @@ class OutputFile:
     name: str
     tensors: tuple[str, ...]
     metadata: Mapping[str, str]
+    original: SafetensorsFile | None = None
 
 
 class Source(Protocol):
     """Where a program came from, and how its output is laid out."""
+
+    @property
+    def name(self) -> str | None:
+        """The path or hub id by which the source is found again."""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The names of the model's classes."""
 
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
         """The live, unmodified model."""
@@ -40,8 +50,8 @@ class Source(Protocol):
     def layout(self) -> list[OutputFile]:
         """The weight files to write."""
 
-    def companions(self) -> list[Path]:
-        """Files to carry over as they are, by absolute path."""
+    def companions(self) -> dict[str, Path]:
+        """Files to carry over as they are, by their names relative to the output."""
 
     def pin(self) -> dict[str, Any]:
         """What identifies the source."""
@@ -101,6 +111,7 @@ class Program:
         source: Where it came from.
         sites: The places that may be rewritten, by name, in the model's order.
         constants: Every tensor of the model by its name in the live model.
+        captured: The constants as they were captured; what differs from them was rewritten.
         stored: The name in the live model of each stored tensor, by its name in the checkpoint.
         aliases: For each tied tensor, the name of the tensor that it shares memory with.
         modules: The names of all modules, to tell a wrong name from a wrong kind of module.
@@ -113,6 +124,7 @@ class Program:
     source: Source
     sites: Mapping[str, Site]
     constants: Mapping[str, Constant]
+    captured: Mapping[str, Constant]
     stored: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
@@ -196,6 +208,10 @@ class Program:
                 adapters[adapter.name] = replace(adapter, tensors=left)
         kept = {fqn: c for fqn, c in self.constants.items() if fqn not in gone}
         return replace(self, constants=kept, adapters=adapters)
+
+    def touched(self, fqn: str) -> bool:
+        """Whether a tensor is not what was captured."""
+        return self.constants[fqn] is not self.captured.get(fqn)
 
     @property
     def trainable(self) -> set[str]:

@@ -1,0 +1,124 @@
+"""A program as a checkpoint that transformers loads: the source's names, shards and companions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peftc.artifact import SCHEMA, Artifact, Staging, key_of, staging, versions
+from peftc.constants import Constant, Derived, Leaf
+from peftc.errors import ArtifactError, CheckpointError
+from peftc.link import link, plan
+from peftc.program import Program
+from peftc.verify import Extent, site_proof, wants_whole, watcher, whole_proof
+
+
+def to_safetensors(
+    program: Program,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    proof: Extent = "auto",
+    workers: int | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> Artifact:
+    """Writes, proves and publishes a program's checkpoint.
+
+    Args:
+        program: What to write; its adapters must be merged.
+        target: A directory that does not exist.
+        overwrite: Replace an artifact that peftc wrote there.
+        proof: `sites` compares each rewritten site; `whole` the logits too, for which the model is
+            loaded twice, in fp32; `auto` does that up to 1 GiB of fp32 weights.
+        workers: Threads that compute; default: one per core.
+        on_bytes: Called with the number of bytes just written, from any thread.
+        on_stage: Called with the name of each stage: link, prove, publish.
+
+    Raises:
+        ArtifactError: The target cannot be written, or the program still carries adapters.
+        CheckpointError: A source file changed while it was read.
+        ProofError: The written weights are not equal to what they came from.
+    """
+    if program.adapters:
+        raise ArtifactError(
+            f"the program still carries the adapter {', '.join(program.adapters)}",
+            where=str(target),
+            fix="merge it (--merge), or write it with --format peft",
+        )
+    target = Path(target)
+    before = states(program)
+    need = sum(shard.size for shard in plan(program))
+    key = key_of(program.fingerprint, before, versions(), proof)
+    with staging(
+        target, key=key, need=need, sources=folders(program), overwrite=overwrite
+    ) as stage:
+        on_stage("link")
+        measured = write_model(program, stage, workers=workers, on_bytes=on_bytes)
+        on_stage("prove")
+        proved = {"site": site_proof(program, measured)}
+        if wants_whole(program, proof):
+            proved["whole"] = whole_proof(program, stage.path)
+        changed = [path for path, state in states(program).items() if before[path] != state]
+        if changed:
+            raise CheckpointError(
+                "changed while it was read", where=changed[0], fix="run again; nothing was written"
+            )
+        on_stage("publish")
+        stage.publish(manifest(program, "model", proof=proved))
+    return Artifact.open(target)
+
+
+def write_model(
+    program: Program,
+    stage: Staging,
+    folder: str = "",
+    workers: int | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Writes weights and companions into a staging directory; returns what the witnesses saw."""
+    for name, path in program.source.companions().items():
+        stage.add(folder + name, path.read_bytes())
+    return link(
+        program, stage, folder, workers=workers, watch=watcher(program), on_bytes=on_bytes
+    )
+
+
+def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:
+    """What peftc.json says of a program, but for the files."""
+    return {
+        "peftc": SCHEMA,
+        "kind": kind,
+        "versions": versions(),
+        "source": program.source.pin(),
+        "journal": [vars(entry) for entry in program.journal],
+        **more,
+    }
+
+
+def states(program: Program) -> dict[str, list[int]]:
+    """Size, time and inode of every file that the program reads."""
+    return {
+        str(path): [info.st_size, info.st_mtime_ns, info.st_ino]
+        for path in sorted(_files(program))
+        for info in (path.stat(),)
+    }
+
+
+def folders(program: Program) -> list[Path]:
+    """The directories that the program reads."""
+    return sorted({path.parent for path in _files(program)})
+
+
+def _files(program: Program) -> set[Path]:
+    def leaves(constant: Constant) -> Iterator[Path]:
+        if isinstance(constant, Leaf):
+            yield constant.ref.file
+        elif isinstance(constant, Derived):
+            for inner in constant.inputs.values():
+                yield from leaves(inner)
+
+    return {path for constant in program.constants.values() for path in leaves(constant)}
+
+

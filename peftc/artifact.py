@@ -1,0 +1,273 @@
+"""Artifacts: directories with a manifest, staged beside their target and published by a rename."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peftc.checkpoint import contained, read_json
+from peftc.errors import ArtifactError, PeftcError, raise_all
+
+MANIFEST = "peftc.json"
+SCHEMA = 1
+_LOCK, _DONE = ".lock", ".done.jsonl"
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A file that is complete on the disk."""
+
+    size: int
+    sha256: str
+
+
+class Staging:
+    """A directory under construction.
+
+    What is finished is written down, with what was measured of it, so that a run that was killed
+    goes on from there. A run with another key starts afresh.
+    """
+
+    def __init__(self, path: Path, target: Path, key: str) -> None:
+        self.path, self.target = path, target
+        self.files: dict[str, Sealed] = {}
+        self.notes: dict[str, Any] = {}
+        self._log = path / _DONE
+        lines = _lines(self._log)
+        if not lines or lines[0] != {"key": key}:
+            for item in path.iterdir():
+                if item.name != _LOCK:
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+            self._append({"key": key})
+        for line in lines[1:] if lines and lines[0] == {"key": key} else []:
+            file = path / line["file"]
+            if file.exists() and file.stat().st_size == line["size"]:
+                self.files[line["file"]] = Sealed(line["size"], line["sha256"])
+                self.notes[line["file"]] = line["note"]
+
+    def seal(self, name: str, sha256: str, note: Any = None) -> None:
+        """Writes down that a file is complete; its bytes must be on the disk."""
+        size = (self.path / name).stat().st_size
+        self.files[name], self.notes[name] = Sealed(size, sha256), note
+        self._append({"file": name, "size": size, "sha256": sha256, "note": note})
+
+    def add(self, name: str, data: bytes) -> None:
+        """Writes a small file and seals it."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.seal(name, hashlib.sha256(data).hexdigest())
+
+    def publish(self, manifest: Mapping[str, Any]) -> None:
+        """Writes the manifest and renames the directory to its target."""
+        files = {name: vars(self.files[name]) for name in sorted(self.files)}
+        text = json.dumps({**manifest, "files": files}, indent=2) + "\n"
+        self.add(MANIFEST, text.encode())
+        self._log.unlink()
+        (self.path / _LOCK).unlink()
+        for folder in {self.path, *(self.path / name for name in files)}:
+            fsync_folder(folder if folder.is_dir() else folder.parent)
+        previous = self.target.parent / f".{self.target.name}.peftc-previous"
+        if self.target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            self.target.replace(previous)
+        self.path.replace(self.target)
+        fsync_folder(self.target.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._log.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+
+
+@contextmanager
+def staging(
+    target: Path, *, key: str, need: int, sources: list[Path], overwrite: bool = False
+) -> Iterator[Staging]:
+    """Opens the staging directory of a target, `.NAME.peftc-staging` beside it.
+
+    Args:
+        target: The artifact's directory, which must not exist.
+        key: What the work depends on; a staging directory of another key is discarded.
+        need: The bytes that will be written.
+        sources: Directories that are read, and must not be written into.
+        overwrite: Replace an artifact that peftc wrote.
+
+    Raises:
+        ArtifactError: The target exists, lies in a source, does not fit on the disk, or another run
+            is writing it.
+    """
+    raise_all(_obstacles(target, need, sources, overwrite))
+    target = target.absolute()
+    path = target.parent / f".{target.name}.peftc-staging"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK).open("w")
+    except OSError as error:
+        raise ArtifactError(f"cannot be written: {error.strerror}", where=str(target)) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArtifactError(
+                "another run of peftc is writing it", where=str(target), fix="wait for it to end"
+            ) from error
+        try:
+            yield Staging(path, target, key)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise ArtifactError(
+                f"could not be written: {error.strerror or error}",
+                where=str(target),
+                fix="make room on the disk, or choose another place",
+            ) from error
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
+def _obstacles(
+    target: Path, need: int, sources: list[Path], overwrite: bool
+) -> list[PeftcError]:
+    errors: list[PeftcError] = []
+    where, real = str(target), target.resolve()
+    if target.exists() or target.is_symlink():
+        ours = (target / MANIFEST).is_file() or (target.is_dir() and not any(target.iterdir()))
+        if not overwrite:
+            errors.append(
+                ArtifactError("exists already", where=where, fix="choose another, or --overwrite")
+            )
+        elif not ours or target.is_symlink():
+            errors.append(
+                ArtifactError(
+                    f"is not an artifact of peftc (it has no {MANIFEST}), and is not overwritten",
+                    where=where,
+                    fix="remove it yourself, or choose another place",
+                )
+            )
+    for source in sources:
+        home = source.resolve()
+        if real == home or home in real.parents or real in home.parents:
+            errors.append(
+                ArtifactError(
+                    f"lies inside the source {source}, or holds it",
+                    where=where,
+                    fix="write to a directory of its own",
+                )
+            )
+    anchor = next(folder for folder in (real, *real.parents) if folder.exists())
+    staged = real.parent / f".{real.name}.peftc-staging"
+    free = shutil.disk_usage(anchor).free + sum(
+        file.stat().st_blocks * 512 for file in staged.rglob("*") if file.is_file()
+    )
+    if need > free:
+        errors.append(
+            ArtifactError(
+                f"needs {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free",
+                where=where,
+                fix="make room, or write to another disk",
+            )
+        )
+    return errors
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published directory and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Opens a directory that peftc wrote.
+
+        Raises:
+            CheckpointError: It has no manifest, or a damaged one.
+            ArtifactError: The manifest has another schema.
+        """
+        manifest = read_json(path / MANIFEST, "an artifact of peftc")
+        files = manifest.get("files")
+        if manifest.get("peftc") != SCHEMA or not isinstance(files, dict):
+            raise ArtifactError(
+                f"has schema {manifest.get('peftc')!r}, and this peftc reads {SCHEMA}",
+                where=str(path / MANIFEST),
+                fix="write the artifact again with this version",
+            )
+        return cls(path, manifest)
+
+    def damage(self) -> list[PeftcError]:
+        """An error for each file whose size or hash is not the manifest's."""
+        errors: list[PeftcError] = []
+        for name, sealed in self.manifest["files"].items():
+            folder, _, leaf = name.rpartition("/")
+            try:
+                file = contained(self.path / folder, leaf)
+                good = file.stat().st_size == sealed["size"] and digest(file) == sealed["sha256"]
+            except (PeftcError, OSError, TypeError, KeyError):
+                good = False
+            if not good:
+                errors.append(
+                    ArtifactError(
+                        "is missing, or not what was published",
+                        where=str(self.path / name),
+                        fix="export it again",
+                    )
+                )
+        return errors
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of peftc and what its numbers depend on."""
+    found = {}
+    for name in ("peftc", "torch", "transformers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "source tree"
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The log's whole lines; a line cut off by a kill ends it."""
+    lines = []
+    try:
+        for line in path.read_text().splitlines():
+            lines.append(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    return lines

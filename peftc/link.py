@@ -1,0 +1,298 @@
+"""The linker: writes a program's tensors into files, a few rows in memory at a time.
+
+Files, names and order are the source's. A tensor that no pass touched is copied by the kernel; the
+others are evaluated in fp32, rows by rows that stay in a core's cache, rounded once, and written in
+place. Units of work run on one thread per core; a file is sealed (hashed, forced to the disk) while
+others are still written.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from peftc.artifact import Staging, digest
+from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
+from peftc.errors import CheckpointError
+from peftc.evaluate import Evaluation, chunks, read, value
+from peftc.program import OutputFile, Program
+
+UNIT_BYTES = 128 << 20
+_COPY_BYTES = 8 << 20
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class Watcher(Protocol):
+    """Sees every piece of a tensor as it is written, and says what it measured."""
+
+    def see(self, low: int, high: int, rows: torch.Tensor) -> None: ...
+    def result(self) -> Any: ...
+
+
+Watch = Callable[[str], Watcher | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an output file: its name in the live model, its bytes' place."""
+
+    fqn: str
+    constant: Constant
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An output file as planned."""
+
+    name: str
+    header: bytes
+    entries: tuple[Entry, ...]
+    size: int
+
+
+def plan(program: Program, folder: str = "") -> list[Shard]:
+    """The files to write, with every tensor's place in them."""
+    return [_shard(program, file, folder) for file in program.source.layout()]
+
+
+def link(
+    program: Program,
+    stage: Staging,
+    folder: str = "",
+    *,
+    workers: int | None = None,
+    watch: Watch = lambda fqn: None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Writes a program's weight files into a staging directory and seals them.
+
+    Args:
+        program: What to write.
+        stage: Where; files that an earlier run sealed in it are not written again.
+        folder: A folder of it, with a slash at its end.
+        workers: Threads that compute; default: one per core.
+        watch: Gives a watcher for a tensor, or None.
+        on_bytes: Called with the number of bytes just written, from any thread.
+
+    Returns:
+        What the watchers measured, by tensor.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    measured: dict[str, Any] = {}
+    todo = []
+    for shard in plan(program, folder):
+        if shard.name in stage.files:
+            measured |= stage.notes[shard.name]
+            on_bytes(shard.size)
+        else:
+            todo.append(shard)
+    threads = torch.get_num_threads()
+    try:
+        with (
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            ThreadPoolExecutor(workers) as sealers,
+        ):
+            try:
+                _run(todo, stage, pool, sealers, watch, on_bytes, measured)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                sealers.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+    return measured
+
+
+def _run(
+    todo: list[Shard],
+    stage: Staging,
+    pool: ThreadPoolExecutor,
+    sealers: ThreadPoolExecutor,
+    watch: Watch,
+    on_bytes: Callable[[int], None],
+    measured: dict[str, Any],
+) -> None:
+    pending: dict[Future[dict[str, Any]], Shard] = {}
+    for shard in todo:
+        path = stage.path / shard.name
+        _create(path, shard)
+        for unit in _units(shard.entries):
+            pending[pool.submit(_write, path, unit, watch, on_bytes)] = shard
+    left = {shard.name: sum(1 for s in pending.values() if s is shard) for shard in todo}
+    notes: dict[str, dict[str, Any]] = {shard.name: {} for shard in todo}
+    seals: dict[Future[str], Shard] = {}
+
+    def written(shard: Shard) -> None:
+        on_bytes(len(shard.header))
+        seals[sealers.submit(_seal, stage.path / shard.name)] = shard
+
+    for shard in todo:
+        if not left[shard.name]:
+            written(shard)
+    for future in as_completed(pending):
+        shard = pending[future]
+        notes[shard.name] |= future.result()
+        left[shard.name] -= 1
+        if not left[shard.name]:
+            written(shard)
+    for done in as_completed(seals):
+        shard = seals[done]
+        stage.seal(shard.name, done.result(), notes[shard.name])
+        measured |= notes[shard.name]
+
+
+def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
+    tensors = [
+        (key, fqn, program.constants[fqn])
+        for key in file.tensors
+        for fqn in (program.stored[key],)
+    ]
+    table: dict[str, Any] = {}
+    position = 0
+    for key, _, constant in tensors:
+        spec = constant.spec
+        nbytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
+        table[key] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    header = _header(file, table)
+    entries = []
+    for key, fqn, constant in tensors:
+        low, high = table[key]["data_offsets"]
+        entries.append(Entry(fqn, constant, len(header) + low, high - low))
+    return Shard(folder + file.name, header, tuple(entries), len(header) + position)
+
+
+def _header(file: OutputFile, table: Mapping[str, Any]) -> bytes:
+    """The source's own header where it still holds, byte for byte; a new one where not."""
+    original = file.original
+    if original is not None and all(
+        (ref.dtype, list(ref.shape)) == (entry["dtype"], entry["shape"])
+        for ref, entry in zip(original.tensors.values(), table.values(), strict=True)
+    ):
+        with original.path.open("rb") as handle:
+            prefix = handle.read(8)
+            return prefix + handle.read(struct.unpack("<Q", prefix)[0])
+    text = json.dumps({"__metadata__": dict(file.metadata), **table}, separators=(",", ":"))
+    raw = text.encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _units(entries: tuple[Entry, ...]) -> Iterator[list[Entry]]:
+    """Runs of neighbouring tensors, large enough to be worth a task."""
+    unit: list[Entry] = []
+    for entry in entries:
+        unit.append(entry)
+        if sum(e.nbytes for e in unit) >= UNIT_BYTES:
+            yield unit
+            unit = []
+    if unit:
+        yield unit
+
+
+def _create(path: Path, shard: Shard) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate") and shard.size:
+            os.posix_fallocate(file.fileno(), 0, shard.size)
+        file.write(shard.header)
+
+
+def _write(
+    path: Path, unit: list[Entry], watch: Watch, on_bytes: Callable[[int], None]
+) -> dict[str, Any]:
+    measured = {}
+    with _descriptor(path, os.O_WRONLY) as out:
+        for entry in unit:
+            watcher = watch(entry.fqn)
+            if isinstance(entry.constant, Leaf) and watcher is None:
+                _copy(entry.constant, out, entry.start, on_bytes)
+                continue
+            for low, high, rows in _pieces(entry.constant):
+                data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                offset = entry.start + low * (entry.nbytes // max(1, _length(entry.constant)))
+                _write_all(out, data, offset)
+                if watcher:
+                    watcher.see(low, high, rows)
+                on_bytes(len(data))
+            if watcher:
+                measured[entry.fqn] = watcher.result()
+    return measured
+
+
+def _length(constant: Constant) -> int:
+    return constant.spec.shape[0] if constant.spec.shape else 1
+
+
+def _pieces(constant: Constant) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """A constant's rows in its own dtype, rounded once, a few at a time."""
+    spans = chunks(constant.spec.shape)
+    if isinstance(constant, Derived):
+        evaluation = Evaluation(constant.graph, constant.inputs)
+        for low, high in spans:
+            yield low, high, evaluation.rows(low, high).to(constant.spec.dtype)
+    elif isinstance(constant, Leaf):
+        for low, high in spans:
+            yield low, high, read(constant, low, high)
+    else:
+        yield 0, _length(constant), value(constant)
+
+
+def _copy(leaf: Leaf, out: int, offset: int, on_bytes: Callable[[int], None]) -> None:
+    """Copies a tensor's bytes within the kernel, or through memory where it cannot."""
+    start, left = leaf.ref.start, leaf.ref.nbytes
+    with _descriptor(leaf.ref.file, os.O_RDONLY) as source:
+        while left:
+            count = min(left, _COPY_BYTES)
+            try:
+                done = os.copy_file_range(source, out, count, start, offset)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                done = os.pwrite(out, os.pread(source, count, start), offset)
+            if not done:
+                raise CheckpointError(
+                    "was truncated while it was read",
+                    where=str(leaf.ref.file),
+                    fix="restore it, and run again",
+                )
+            start, offset, left = start + done, offset + done, left - done
+            on_bytes(done)
+
+
+def _write_all(out: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(out, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _seal(path: Path) -> str:
+    """Forces a file to the disk and hashes it."""
+    with _descriptor(path, os.O_RDONLY) as handle:
+        os.fsync(handle)
+    return digest(path)
+
+
+@contextmanager
+def _descriptor(path: Path, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
