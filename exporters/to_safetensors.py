@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftc.artifact import SCHEMA, Artifact, Staging, key_of, staging, versions
+from peftc.artifact import SCHEMA, Artifact, Staging, digest, key_of, staging, versions
 from peftc.constants import Constant, Derived, Leaf
 from peftc.errors import ArtifactError, CheckpointError
 from peftc.link import link, plan
 from peftc.program import Program
-from peftc.verify import Extent, site_proof, wants_whole, watcher, whole_proof
+from peftc.proof import Extent, site_proof, wants_whole, watcher, whole_proof
 
 
 def to_safetensors(
@@ -92,6 +92,7 @@ def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:
         "kind": kind,
         "versions": versions(),
         "source": program.source.pin(),
+        "inputs": inputs(program),
         "journal": [vars(entry) for entry in program.journal],
         **more,
     }
@@ -104,6 +105,12 @@ def states(program: Program) -> dict[str, list[int]]:
         for path in sorted(_files(program))
         for info in (path.stat(),)
     }
+
+
+def inputs(program: Program) -> dict[str, str]:
+    """The hash of every file that the program reads beside its source's own: the adapters."""
+    own = {file.original.path for file in program.source.layout() if file.original}
+    return {str(path): digest(path) for path in sorted(_files(program) - own)}
 
 
 def folders(program: Program) -> list[Path]:

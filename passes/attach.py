@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, ValidationError
 
-from peftc.contract import AdapterName, Effect, Method, Pass, PassResult, safe_name
+from peftc.contract import AdapterName, Effect, Method, Pass, PassResult, Place, safe_name
 from peftc.errors import AdapterError, PassError, PeftcError, Violations, did_you_mean, raise_all
 from peftc.registry import method_for
 from peftc.targets import unbound_patterns
@@ -28,7 +28,7 @@ class Attach(Pass):
     effect: ClassVar[Effect] = Effect.CHANGES
     positional: ClassVar[str | None] = "path"
 
-    path: Path = Field(description="the adapter's directory")
+    path: Place = Field(description="the adapter's directory, or its id on the hub")
     adapter: AdapterName | None = Field(
         None, description="its name; default: `default` for the first, the folder's for others"
     )
@@ -48,7 +48,7 @@ class Attach(Pass):
             errors.append(
                 PassError(
                     f"there is an adapter named {self.name_in(program)!r} already",
-                    where=str(self.path),
+                    where=self.path,
                     fix="give this one another name: adapter=…",
                 )
             )
@@ -61,7 +61,7 @@ class Attach(Pass):
         """The adapter's name in this program."""
         if self.adapter:
             return self.adapter
-        return safe_name(self.path.name) if program.adapters else "default"
+        return safe_name(Path(self.path).name) if program.adapters else "default"
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,16 @@ class Bound:
     directory: AdapterDirectory
 
 
-def bind(program: Program, path: Path, name: str, weight: float) -> Bound:
+def bind(program: Program, path: str, name: str, weight: float) -> Bound:
     """Attaches an adapter.
 
     Raises:
         PeftcError: Something in the directory is damaged, unknown, or binds to nothing.
     """
     from peftc.adapter import AdapterDirectory
+    from peftc.checkpoint import resolve
 
-    directory = AdapterDirectory.open(path)
+    directory = AdapterDirectory.open(resolve(path))
     method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
     given, loose, errors = _sort(program, directory, name)
     raise_all(errors)

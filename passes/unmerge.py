@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from peftc.contract import Effect, Pass, PassResult
+from peftc.contract import Effect, Pass, PassResult, Place
 from peftc.errors import PeftcError
 from peftc.passes.attach import Attach
 from peftc.passes.merge import Merge
@@ -22,7 +21,7 @@ class Unmerge(Pass):
     effect: ClassVar[Effect] = Effect.CHANGES
     positional: ClassVar[str | None] = "path"
 
-    path: Path = Field(description="the adapter's directory")
+    path: Place = Field(description="the adapter's directory, or its id on the hub")
     weight: float = Field(1.0, allow_inf_nan=False, description="the weight it was merged with")
 
     @property

@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftc.errors import PassError, PeftcError
 from peftc.targets import Targets
@@ -57,6 +58,13 @@ class Pass(BaseModel, ABC):
         """The rewritten program; `program` itself is never changed."""
 
 
+def _absolute(value: Any) -> Any:
+    """A path that is there, made absolute, so that a journal holds wherever it is read."""
+    path = Path(value).expanduser() if isinstance(value, (str, Path)) else None
+    return str(path.absolute()) if path and path.exists() else value
+
+
+Place = Annotated[str, BeforeValidator(_absolute)]
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]
 
 

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftc.capture import CheckpointSource, architecture
+from peftc.capturing import CheckpointSource, architecture
 from peftc.checkpoint import Checkpoint
 from peftc.constants import Leaf
 from peftc.errors import ProofError
 from peftc.evaluate import Evaluation, chunks, read, value
 from peftc.link import Watcher
-from peftc.materialize import materialize
+from peftc.live import materialize
 from peftc.program import Program
 
 Extent = Literal["auto", "sites", "whole"]

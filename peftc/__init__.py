@@ -1,0 +1,62 @@
+"""peftc: a compiler for parameter-efficient fine-tuning.
+
+Everything here is imported when it is used, so that `peftc --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftc.api import apply, export, load, verify
+    from peftc.artifact import Artifact
+    from peftc.capturing import capture
+    from peftc.contract import Effect, Method, Pass, PassResult
+    from peftc.errors import PeftcError
+    from peftc.exporters.to_peft import to_peft
+    from peftc.exporters.to_safetensors import to_safetensors
+    from peftc.live import absorb, materialize
+    from peftc.passes.attach import Attach
+    from peftc.passes.fold import Fold
+    from peftc.passes.lora import Lora
+    from peftc.passes.merge import Merge
+    from peftc.passes.unmerge import Unmerge
+    from peftc.pipeline import Pipeline
+    from peftc.program import Program
+    from peftc.recipe import Recipe
+
+_HOMES = {
+    "api": ("apply", "export", "load", "verify"),
+    "artifact": ("Artifact",),
+    "capturing": ("capture",),
+    "contract": ("Effect", "Method", "Pass", "PassResult"),
+    "errors": ("PeftcError",),
+    "exporters.to_peft": ("to_peft",),
+    "exporters.to_safetensors": ("to_safetensors",),
+    "live": ("absorb", "materialize"),
+    "passes.attach": ("Attach",),
+    "passes.fold": ("Fold",),
+    "passes.lora": ("Lora",),
+    "passes.merge": ("Merge",),
+    "passes.unmerge": ("Unmerge",),
+    "pipeline": ("Pipeline",),
+    "program": ("Program",),
+    "recipe": ("Recipe",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Artifact", "Attach", "Effect", "Fold", "Lora", "Merge", "Method", "Pass", "PassResult",
+    "PeftcError", "Pipeline", "Program", "Recipe", "Unmerge", "absorb", "apply", "capture",
+    "export", "load", "materialize", "to_peft", "to_safetensors", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'peftc' has no attribute {name!r}")
+    found = getattr(import_module(f"peftc.{_HOME[name]}"), name)
+    globals()[name] = found  # `capture` and others would else be shadowed by their modules
+    return found

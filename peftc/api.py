@@ -1,0 +1,239 @@
+"""The main jobs in one call each: load, apply, export, verify. The command line calls these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from peftc.artifact import MANIFEST, Artifact, key_of, staging
+from peftc.capturing import capture
+from peftc.checkpoint import Checkpoint, read_json, resolve
+from peftc.contract import Pass
+from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
+from peftc.exporters.to_peft import to_peft, write_adapter
+from peftc.exporters.to_safetensors import (
+    folders,
+    inputs,
+    manifest,
+    states,
+    to_safetensors,
+    write_model,
+)
+from peftc.link import plan
+from peftc.passes.attach import Attach
+from peftc.passes.merge import Merge
+from peftc.pipeline import Pipeline
+from peftc.program import Entry, Program
+from peftc.recipe import build
+from peftc.proof import Extent, site_proof, wants_whole, watch_file, whole_proof
+
+ADAPTER_CONFIG = "adapter_config.json"
+OnPass = Callable[[Entry], None] | None
+
+
+def load(source: str | Path, on_pass: OnPass = None) -> Program:
+    """The program that a source stands for, its adapters attached.
+
+    Args:
+        source: A checkpoint's directory or hub id, a PEFT adapter's directory or hub id (its base is
+            found by its config), or what `apply` wrote.
+        on_pass: Called with the journal's entry after each adapter.
+
+    Raises:
+        PeftcError: It is none of these, or a part of it is missing or damaged.
+    """
+    path = resolve(source)
+    if (path / MANIFEST).is_file() and (artifact := Artifact.open(path)).manifest["kind"] == "apply":
+        return _load_applied(artifact, on_pass)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
+        base = read_json(path / ADAPTER_CONFIG, "a PEFT adapter").get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise CheckpointError(
+                "names no base_model_name_or_path",
+                where=str(path / ADAPTER_CONFIG),
+                fix="name the base yourself: peftc export BASE --adapter " + str(path),
+            )
+        return Pipeline([Attach(path=str(path))]).run(capture(base), on_pass)
+    return capture(source)
+
+
+def _load_applied(artifact: Artifact, on_pass: OnPass) -> Program:
+    content = artifact.manifest
+    own = artifact.path / "base"
+    base = own if own.is_dir() else Path(content["source"]["path"])
+    program = capture(base)
+    if base != own and program.source.pin() != content["source"]:
+        raise CheckpointError(
+            f"is no longer the base that {artifact.path} was made from",
+            where=str(base),
+            fix="restore it, or run apply again",
+        )
+    attach = [
+        Attach(path=str(artifact.path / folder), adapter=name)
+        for name, folder in content["adapters"].items()
+    ]
+    return Pipeline(attach).run(program, on_pass)
+
+
+def apply(
+    base: str | Path,
+    passes: Sequence[Pass],
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    on_pass: OnPass = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Artifact:
+    """Rewrites a checkpoint: runs passes, and writes what they made.
+
+    The directory holds `adapter/` (for several, `adapters/NAME/`), which PEFT loads, `base/` if a
+    pass changed the weights, else a pinned reference to the base, and `peftc.json`.
+
+    Raises:
+        PeftcError: A pass cannot run, or the target cannot be written.
+    """
+    target = Path(target)
+    program = Pipeline(passes).run(load(base, on_pass), on_pass)
+    trained = program.trainable
+    rewritten = [
+        fqn for fqn in program.stored.values() if program.touched(fqn) and fqn not in trained
+    ]
+    names = list(program.adapters)
+    places = {name: "adapter" if len(names) == 1 else f"adapters/{name}" for name in names}
+    if not (names or rewritten):
+        raise ArtifactError("the passes changed nothing", fix="add a pass, such as lora")
+    need = sum(shard.size for shard in plan(program)) if rewritten else 0
+    key = key_of(program.fingerprint, states(program), "apply")
+    with staging(
+        target, key=key, need=need, sources=folders(program), overwrite=overwrite
+    ) as stage:
+        proof = {}
+        if rewritten:
+            proof = {"site": site_proof(program, write_model(program, stage, "base/", None, on_bytes))}
+        own = str(target.absolute() / "base") if rewritten else None
+        for name, place in places.items():
+            write_adapter(program, name, stage, f"{place}/", own)
+        stage.publish(manifest(program, "apply", adapters=places, proof=proof))
+    return Artifact.open(target)
+
+
+def verify(
+    path: str | Path, extent: Extent = "auto", on_stage: Callable[[str], None] = lambda name: None
+) -> dict[str, Any]:
+    """Repeats an artifact's proof: the hashes of its files, then its numbers.
+
+    Args:
+        path: What `export` or `apply` wrote.
+        extent: See `to_safetensors`.
+        on_stage: Called with the name of each stage.
+
+    Returns:
+        The figures, as the manifest has them.
+
+    Raises:
+        ProofError: A file is not what was published, or the numbers are above their bound.
+        PeftcError: The artifact or its source cannot be read.
+    """
+    artifact = Artifact.open(Path(path))
+    on_stage("hash")
+    if damage := artifact.damage():
+        raise_all([ProofError(d.what, where=d.where, fix=d.fix) for d in damage])
+    report: dict[str, Any] = {"files": len(artifact.manifest["files"])}
+    if artifact.manifest["kind"] == "apply":
+        program = load(artifact.path)
+        return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
+    if artifact.manifest["kind"] != "model":
+        return report
+    on_stage("rebuild")
+    program = rebuild(artifact)
+    on_stage("compare")
+    written = Checkpoint.open(artifact.path)
+    report["site"] = site_proof(program, watch_file(program, written))
+    if wants_whole(program, extent):
+        report["whole"] = whole_proof(program, artifact.path)
+    return report
+
+
+def rebuild(artifact: Artifact) -> Program:
+    """The program that an artifact was made from, by its manifest.
+
+    Raises:
+        CheckpointError: The source is no longer what it was.
+    """
+    pin = artifact.manifest["source"]
+    if "path" not in pin:
+        raise CheckpointError(
+            f"was made from a live {pin.get('module')}, which is gone",
+            where=str(artifact.path),
+            fix="its hashes hold; its numbers can be compared only where the module is",
+        )
+    program = capture(pin["path"])
+    if program.source.pin() != pin:
+        raise CheckpointError(
+            f"is no longer what {artifact.path} was made from", where=pin["path"], fix="restore it"
+        )
+    steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
+    built = Pipeline(build(steps, str(artifact.path / MANIFEST))).run(replace(program, journal=()))
+    now = inputs(built)
+    if moved := sorted(p for p, d in artifact.manifest["inputs"].items() if now.get(p) != d):
+        raise CheckpointError(
+            f"is no longer what {artifact.path} was made from", where=moved[0], fix="restore it"
+        )
+    return built
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    *,
+    merge: bool = False,
+    adapters: Sequence[tuple[str, float]] = (),
+    format: Literal["safetensors", "peft"] = "safetensors",
+    proof: Extent = "auto",
+    overwrite: bool = False,
+    workers: int | None = None,
+    on_pass: OnPass = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> Artifact:
+    """Makes an artifact: attaches adapters, merges them, writes and proves the result.
+
+    Args:
+        source: See `load`.
+        target: A directory that does not exist.
+        merge: Merge every adapter into the weights.
+        adapters: Further PEFT adapters to attach, each with its weight.
+        format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter.
+        proof: See `to_safetensors`.
+        overwrite: Replace an artifact that peftc wrote.
+        workers: Threads that compute; default: one per core.
+        on_pass: Called with the journal's entry after each pass.
+        on_bytes: Called with the number of bytes just written, from any thread.
+        on_stage: Called with the name of each stage.
+
+    Raises:
+        PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
+            failed.
+    """
+    program = load(source, on_pass)
+    steps: list[Pass] = [Attach(path=path, weight=weight) for path, weight in adapters]
+    program = Pipeline(steps).run(program, on_pass)
+    if merge:
+        if not program.adapters:
+            raise ArtifactError(
+                "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
+            )
+        program = Pipeline([Merge()]).run(program, on_pass)
+    if format == "peft":
+        return to_peft(program, target, overwrite=overwrite)
+    return to_safetensors(
+        program,
+        target,
+        overwrite=overwrite,
+        proof=proof,
+        workers=workers,
+        on_bytes=on_bytes,
+        on_stage=on_stage,
+    )

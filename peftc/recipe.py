@@ -1,0 +1,106 @@
+"""Recipes: a pipeline as a YAML file with a versioned schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peftc import registry
+from peftc.contract import Pass
+from peftc.errors import PassError, PeftcError, RecipeError, did_you_mean, raise_all
+
+MAX_BYTES = 1 << 20
+
+
+class Recipe(BaseModel):
+    """A recipe as written: `peftc: 1`, a base, and passes with their options.
+
+    Example:
+        peftc: 1
+        base: HuggingFaceTB/SmolLM2-135M-Instruct
+        passes:
+          - lora: {rank: 16, targets: [q_proj, v_proj]}
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    peftc: Literal[1] = Field(description="version of the schema")
+    base: str | None = None
+    passes: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Reads a recipe.
+
+        Raises:
+            RecipeError: The file cannot be read, or does not follow the schema.
+        """
+        try:
+            raw = path.read_bytes()
+            if len(raw) > MAX_BYTES:
+                raise RecipeError(f"is larger than {MAX_BYTES} bytes", where=str(path))
+            return cls.model_validate(yaml.safe_load(raw))
+        except OSError as error:
+            raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise RecipeError(f"is not valid YAML: {error}", where=str(path)) from error
+        except ValidationError as error:
+            raise_all(explained(error, str(path), list(cls.model_fields), RecipeError))
+            raise AssertionError from error
+
+    def build(self, where: str = "recipe") -> list[Pass]:
+        """The passes, every wrong option of any of them reported at once."""
+        steps: list[tuple[str, Mapping[str, Any]]] = []
+        for step in self.passes:
+            if isinstance(step, str):
+                steps.append((step, {}))
+            elif len(step) == 1:
+                steps += [(name, options or {}) for name, options in step.items()]
+            else:
+                raise RecipeError(
+                    f"a step holds {len(step)} passes", where=where, fix="one pass for each dash"
+                )
+        return build(steps, where)
+
+
+def build(steps: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> list[Pass]:
+    """Passes from their names and options.
+
+    Raises:
+        PassError: Everything that is wrong with any of them.
+    """
+    passes: list[Pass] = []
+    errors: list[PeftcError] = []
+    for name, options in steps:
+        try:
+            cls = registry.load(name)
+            passes.append(cls(**options))
+        except ValidationError as error:
+            errors += explained(error, f"{where}: {name}", list(cls.model_fields), PassError)
+        except PeftcError as error:
+            errors.append(type(error)(error.what, where=where, fix=error.fix))
+    raise_all(errors)
+    return passes
+
+
+def explained(
+    error: ValidationError, where: str, fields: list[str], kind: type[PeftcError]
+) -> list[PeftcError]:
+    """Pydantic's complaints as ours."""
+    found: list[PeftcError] = []
+    for problem in error.errors():
+        at = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            name = str(problem["loc"][-1])
+            found.append(kind(f"unknown option {at!r}", where=where, fix=did_you_mean(name, fields)))
+        elif problem["type"] == "missing":
+            found.append(kind(f"{at} is missing", where=where, fix=f"give {at}"))
+        else:
+            got = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
+            text = problem["msg"].removeprefix("Value error, ")
+            found.append(kind(f"{at}: {text[0].lower() + text[1:]}{got}", where=where))
+    return found
