@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from peftc.constants import Constant, Derived, Leaf
 from peftc.errors import ArtifactError, CheckpointError
 from peftc.link import link, plan
 from peftc.program import Program
+from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watcher, whole_proof
 
 
@@ -21,8 +22,7 @@ def to_safetensors(
     overwrite: bool = False,
     proof: Extent = "auto",
     workers: int | None = None,
-    on_bytes: Callable[[int], None] = lambda count: None,
-    on_stage: Callable[[str], None] = lambda name: None,
+    progress: Progress = SILENT,
 ) -> Artifact:
     """Writes, proves and publishes a program's checkpoint.
 
@@ -33,8 +33,7 @@ def to_safetensors(
         proof: `sites` compares each rewritten site; `whole` the logits too, for which the model is
             loaded twice, in fp32; `auto` does that up to 1 GiB of fp32 weights.
         workers: Threads that compute; default: one per core.
-        on_bytes: Called with the number of bytes just written, from any thread.
-        on_stage: Called with the name of each stage: link, prove, publish.
+        progress: Told of the stages link, prove and publish, and of every byte written.
 
     Raises:
         ArtifactError: The target cannot be written, or the program still carries adapters.
@@ -54,9 +53,9 @@ def to_safetensors(
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
-        on_stage("link")
-        measured = write_model(program, stage, workers=workers, on_bytes=on_bytes)
-        on_stage("prove")
+        progress.stage("link", need)
+        measured = write_model(program, stage, workers=workers, progress=progress)
+        progress.stage("prove")
         proved = {"site": site_proof(program, measured)}
         if wants_whole(program, proof):
             proved["whole"] = whole_proof(program, stage.path)
@@ -65,7 +64,7 @@ def to_safetensors(
             raise CheckpointError(
                 "changed while it was read", where=changed[0], fix="run again; nothing was written"
             )
-        on_stage("publish")
+        progress.stage("publish")
         stage.publish(manifest(program, "model", proof=proved))
     return Artifact.open(target)
 
@@ -75,13 +74,13 @@ def write_model(
     stage: Staging,
     folder: str = "",
     workers: int | None = None,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
     for name, path in program.source.companions().items():
         stage.add(folder + name, path.read_bytes())
     return link(
-        program, stage, folder, workers=workers, watch=watcher(program), on_bytes=on_bytes
+        program, stage, folder, workers=workers, watch=watcher(program), progress=progress
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,28 +25,28 @@ from peftc.link import plan
 from peftc.passes.attach import Attach
 from peftc.passes.merge import Merge
 from peftc.pipeline import Pipeline
-from peftc.program import Entry, Program
+from peftc.program import Program
+from peftc.progress import SILENT, Progress
 from peftc.recipe import build
 from peftc.proof import Extent, site_proof, wants_whole, watch_file, whole_proof
 
 ADAPTER_CONFIG = "adapter_config.json"
-OnPass = Callable[[Entry], None] | None
 
 
-def load(source: str | Path, on_pass: OnPass = None) -> Program:
+def load(source: str | Path, progress: Progress = SILENT) -> Program:
     """The program that a source stands for, its adapters attached.
 
     Args:
         source: A checkpoint's directory or hub id, a PEFT adapter's directory or hub id (its base is
             found by its config), or what `apply` wrote.
-        on_pass: Called with the journal's entry after each adapter.
+        progress: Told of each adapter.
 
     Raises:
         PeftcError: It is none of these, or a part of it is missing or damaged.
     """
     path = resolve(source)
     if (path / MANIFEST).is_file() and (artifact := Artifact.open(path)).manifest["kind"] == "apply":
-        return _load_applied(artifact, on_pass)
+        return _load_applied(artifact, progress)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
         base = read_json(path / ADAPTER_CONFIG, "a PEFT adapter").get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
@@ -55,11 +55,11 @@ def load(source: str | Path, on_pass: OnPass = None) -> Program:
                 where=str(path / ADAPTER_CONFIG),
                 fix="name the base yourself: peftc export BASE --adapter " + str(path),
             )
-        return Pipeline([Attach(path=str(path))]).run(capture(base), on_pass)
+        return Pipeline([Attach(path=str(path))]).run(capture(base), progress)
     return capture(source)
 
 
-def _load_applied(artifact: Artifact, on_pass: OnPass) -> Program:
+def _load_applied(artifact: Artifact, progress: Progress) -> Program:
     content = artifact.manifest
     own = artifact.path / "base"
     base = own if own.is_dir() else Path(content["source"]["path"])
@@ -74,7 +74,7 @@ def _load_applied(artifact: Artifact, on_pass: OnPass) -> Program:
         Attach(path=str(artifact.path / folder), adapter=name)
         for name, folder in content["adapters"].items()
     ]
-    return Pipeline(attach).run(program, on_pass)
+    return Pipeline(attach).run(program, progress)
 
 
 def apply(
@@ -83,8 +83,7 @@ def apply(
     target: str | Path,
     *,
     overwrite: bool = False,
-    on_pass: OnPass = None,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    progress: Progress = SILENT,
 ) -> Artifact:
     """Rewrites a checkpoint: runs passes, and writes what they made.
 
@@ -95,7 +94,7 @@ def apply(
         PeftcError: A pass cannot run, or the target cannot be written.
     """
     target = Path(target)
-    program = Pipeline(passes).run(load(base, on_pass), on_pass)
+    program = Pipeline(passes).run(load(base, progress), progress)
     trained = program.trainable
     rewritten = [
         fqn for fqn in program.stored.values() if program.touched(fqn) and fqn not in trained
@@ -111,7 +110,8 @@ def apply(
     ) as stage:
         proof = {}
         if rewritten:
-            proof = {"site": site_proof(program, write_model(program, stage, "base/", None, on_bytes))}
+            progress.stage("link", need)
+            proof = {"site": site_proof(program, write_model(program, stage, "base/", None, progress))}
         own = str(target.absolute() / "base") if rewritten else None
         for name, place in places.items():
             write_adapter(program, name, stage, f"{place}/", own)
@@ -120,14 +120,14 @@ def apply(
 
 
 def verify(
-    path: str | Path, extent: Extent = "auto", on_stage: Callable[[str], None] = lambda name: None
+    path: str | Path, extent: Extent = "auto", progress: Progress = SILENT
 ) -> dict[str, Any]:
     """Repeats an artifact's proof: the hashes of its files, then its numbers.
 
     Args:
         path: What `export` or `apply` wrote.
         extent: See `to_safetensors`.
-        on_stage: Called with the name of each stage.
+        progress: Told of each stage.
 
     Returns:
         The figures, as the manifest has them.
@@ -137,7 +137,7 @@ def verify(
         PeftcError: The artifact or its source cannot be read.
     """
     artifact = Artifact.open(Path(path))
-    on_stage("hash")
+    progress.stage("hash")
     if damage := artifact.damage():
         raise_all([ProofError(d.what, where=d.where, fix=d.fix) for d in damage])
     report: dict[str, Any] = {"files": len(artifact.manifest["files"])}
@@ -146,9 +146,9 @@ def verify(
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
     if artifact.manifest["kind"] != "model":
         return report
-    on_stage("rebuild")
+    progress.stage("rebuild")
     program = rebuild(artifact)
-    on_stage("compare")
+    progress.stage("compare")
     written = Checkpoint.open(artifact.path)
     report["site"] = site_proof(program, watch_file(program, written))
     if wants_whole(program, extent):
@@ -194,9 +194,7 @@ def export(
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
-    on_pass: OnPass = None,
-    on_bytes: Callable[[int], None] = lambda count: None,
-    on_stage: Callable[[str], None] = lambda name: None,
+    progress: Progress = SILENT,
 ) -> Artifact:
     """Makes an artifact: attaches adapters, merges them, writes and proves the result.
 
@@ -209,23 +207,21 @@ def export(
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
-        on_pass: Called with the journal's entry after each pass.
-        on_bytes: Called with the number of bytes just written, from any thread.
-        on_stage: Called with the name of each stage.
+        progress: Told of every pass, stage and byte.
 
     Raises:
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
-    program = load(source, on_pass)
+    program = load(source, progress)
     steps: list[Pass] = [Attach(path=path, weight=weight) for path, weight in adapters]
-    program = Pipeline(steps).run(program, on_pass)
+    program = Pipeline(steps).run(program, progress)
     if merge:
         if not program.adapters:
             raise ArtifactError(
                 "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
             )
-        program = Pipeline([Merge()]).run(program, on_pass)
+        program = Pipeline([Merge()]).run(program, progress)
     if format == "peft":
         return to_peft(program, target, overwrite=overwrite)
     return to_safetensors(
@@ -234,6 +230,5 @@ def export(
         overwrite=overwrite,
         proof=proof,
         workers=workers,
-        on_bytes=on_bytes,
-        on_stage=on_stage,
+        progress=progress,
     )

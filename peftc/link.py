@@ -26,6 +26,7 @@ from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
 from peftc.errors import CheckpointError
 from peftc.evaluate import Evaluation, chunks, read, value
 from peftc.program import OutputFile, Program
+from peftc.progress import SILENT, Progress
 
 UNIT_BYTES = 128 << 20
 _COPY_BYTES = 8 << 20
@@ -74,7 +75,7 @@ def link(
     *,
     workers: int | None = None,
     watch: Watch = lambda fqn: None,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Writes a program's weight files into a staging directory and seals them.
 
@@ -84,7 +85,7 @@ def link(
         folder: A folder of it, with a slash at its end.
         workers: Threads that compute; default: one per core.
         watch: Gives a watcher for a tensor, or None.
-        on_bytes: Called with the number of bytes just written, from any thread.
+        progress: Told of every byte written.
 
     Returns:
         What the watchers measured, by tensor.
@@ -95,7 +96,7 @@ def link(
     for shard in plan(program, folder):
         if shard.name in stage.files:
             measured |= stage.notes[shard.name]
-            on_bytes(shard.size)
+            progress.advance(shard.size)
         else:
             todo.append(shard)
     threads = torch.get_num_threads()
@@ -105,7 +106,7 @@ def link(
             ThreadPoolExecutor(workers) as sealers,
         ):
             try:
-                _run(todo, stage, pool, sealers, watch, on_bytes, measured)
+                _run(todo, stage, pool, sealers, watch, progress.advance, measured)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 sealers.shutdown(cancel_futures=True)

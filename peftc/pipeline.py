@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from peftc.errors import PassError, PeftcError, ProofError, TiedWeightError, rai
 from peftc.evaluate import Evaluation
 from peftc.graphs import Spec
 from peftc.program import Entry, Program
+from peftc.progress import SILENT, Progress
 from peftc.sites import Site
 
 EQUAL_BOUND = 1e-5  # fp32 rounding of a sum in another order
@@ -28,12 +29,12 @@ class Pipeline:
 
     passes: Sequence[Pass]
 
-    def run(self, program: Program, on_pass: Callable[[Entry], None] | None = None) -> Program:
+    def run(self, program: Program, progress: Progress = SILENT) -> Program:
         """Runs every pass and checks it on its result.
 
         Args:
             program: What the first pass works on.
-            on_pass: Called with the journal's entry after each pass.
+            progress: Told of each pass.
 
         Raises:
             PeftcError: A pass cannot run on this program (all of its violations at once), or its
@@ -41,8 +42,7 @@ class Pipeline:
         """
         for pass_ in self.passes:
             program = run_pass(program, pass_)
-            if on_pass:
-                on_pass(program.journal[-1])
+            progress.passed(program.journal[-1])
         return program
 
 

@@ -17,11 +17,10 @@ MAX_BYTES = 1 << 20
 
 
 class Recipe(BaseModel):
-    """A recipe as written: `peftc: 1`, a base, and passes with their options.
+    """A recipe as written: `peftc: 1`, and passes with their options.
 
     Example:
         peftc: 1
-        base: HuggingFaceTB/SmolLM2-135M-Instruct
         passes:
           - lora: {rank: 16, targets: [q_proj, v_proj]}
     """
@@ -29,7 +28,6 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     peftc: Literal[1] = Field(description="version of the schema")
-    base: str | None = None
     passes: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
 
     @classmethod

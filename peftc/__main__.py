@@ -1,0 +1,5 @@
+"""`python -m peftc`."""
+
+from peftc.cli import main
+
+main()

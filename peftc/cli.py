@@ -1,0 +1,267 @@
+"""The command line. Nothing here imports torch until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peftc import __version__, registry
+from peftc.cli_options import PassGroup, adapters, describe
+from peftc.errors import PeftcError
+from peftc.terminal import Terminal, hush
+
+PROOFS = click.Choice(["auto", "sites", "whole"])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="peftc")
+def cli() -> None:
+    """Compile parameter-efficient fine-tuning: apply, merge, export, prove.
+
+    Exit codes: 0 done, 1 something given is wrong, 2 usage, 3 the proof failed, 70 a bug of peftc.
+    """
+
+
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Data on stdout as JSON.")
+    return quiet(as_json(command))
+
+
+def _output(command: Callable[..., Any]) -> Callable[..., Any]:
+    out = click.option(
+        "-o", "--output", "target", type=click.Path(path_type=Path), help="Directory to write."
+    )
+    overwrite = click.option(
+        "--overwrite", is_flag=True, help="Replace an artifact that peftc wrote there."
+    )
+    return out(overwrite(command))
+
+
+def _needed(target: Path | None) -> Path:
+    if target is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    return target
+
+
+@cli.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="PASS...")
+@click.argument("base")
+@_output
+@click.option(
+    "--recipe", type=click.Path(path_type=Path, dir_okay=False), help="Take the passes from a file."
+)
+@_common
+def apply(**_: Any) -> None:
+    """Rewrite the checkpoint BASE by one or more passes.
+
+    Passes are chained as they run, each with its own options:
+
+      peftc apply BASE -o OUT lora --rank 16 --targets q_proj,v_proj
+
+    OUT gets adapter/, which PEFT loads, base/ if a pass changed the weights (else a pinned reference
+    to BASE), and peftc.json. `peftc apply BASE PASS --help` shows a pass's options.
+    """
+
+
+@apply.result_callback()
+def _apply(
+    steps: list[tuple[str, Mapping[str, Any]]],
+    base: str,
+    target: Path | None,
+    overwrite: bool,
+    recipe: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from peftc.recipe import Recipe, build
+
+    target = _needed(target)
+    if recipe is not None:
+        if steps:
+            raise click.UsageError("Give passes or --recipe, not both.")
+        passes = Recipe.load(recipe).build(str(recipe))
+    elif steps:
+        passes = build(steps, "peftc apply")
+    else:
+        raise click.UsageError("Name a pass, or give --recipe. `peftc passes` lists them.")
+    terminal = Terminal(as_json, quiet)
+    from peftc.api import apply as run
+
+    hush()
+    with terminal.progress() as progress:
+        artifact = run(base, passes, target, overwrite=overwrite, progress=progress)
+    terminal.say(f"[green]✓[/] wrote {target}")
+    terminal.data({"path": str(target), **artifact.manifest})
+
+
+@cli.command()
+@click.argument("src")
+@_output
+@click.option("--merge", is_flag=True, help="Merge every attached adapter into the weights.")
+@click.option(
+    "--adapter", "given", multiple=True, metavar="DIR[=WEIGHT]", help="Attach a PEFT adapter too."
+)
+@click.option(
+    "--format", "form", type=click.Choice(["safetensors", "peft"]), default="safetensors",
+    show_default=True, help="What to write.",
+)  # fmt: skip
+@click.option(
+    "--proof", type=PROOFS, default="auto", show_default=True,
+    help="Compare each rewritten layer (sites), the logits too (whole), or that if small (auto).",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), help="Threads; default: one per core.")
+@_common
+def export(
+    src: str,
+    target: Path | None,
+    overwrite: bool,
+    merge: bool,
+    given: tuple[str, ...],
+    form: Any,
+    proof: Any,
+    workers: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make an artifact of SRC, with a measured proof.
+
+    \b
+      peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
+      peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
+
+    SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
+    """
+    target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
+    from peftc.api import export as run
+
+    hush()
+    with terminal.progress() as progress:
+        artifact = run(
+            src, target, merge=merge, adapters=chosen, format=form, proof=proof,
+            overwrite=overwrite, workers=workers, progress=progress,
+        )  # fmt: skip
+    _say_proof(terminal, artifact.manifest.get("proof", {}))
+    terminal.say(f"[green]✓[/] wrote {target}")
+    terminal.data({"path": str(target), **artifact.manifest})
+
+
+@cli.command()
+@click.argument("src")
+@_common
+def inspect(src: str, as_json: bool, quiet: bool) -> None:
+    """Show what SRC holds, without reading a weight.
+
+    SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what peftc wrote.
+    """
+    from peftc.inspection import inspect as look
+
+    look(src, Terminal(as_json, quiet))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--proof", type=PROOFS, default="auto", show_default=True, help="As for export.")
+@_common
+def verify(path: Path, proof: Any, as_json: bool, quiet: bool) -> None:
+    """Repeat the proof of an artifact: hashes, then numbers."""
+    terminal = Terminal(as_json, quiet)
+    from peftc.api import verify as run
+
+    hush()
+    with terminal.progress() as progress:
+        report = run(path, proof, progress)
+    terminal.say(f"[green]✓[/] {report['files']} files are what was published")
+    _say_proof(terminal, report)
+    terminal.data(report)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_common
+def passes(name: str | None, as_json: bool, quiet: bool) -> None:
+    """List the passes, or the fields of the pass NAME."""
+    chosen = [name] if name else list(registry.PASSES)
+    found = {entry: describe(registry.load(entry)) for entry in chosen}
+    terminal = Terminal(as_json, quiet)
+    if as_json:
+        terminal.data(found)
+    elif name:
+        rows = [(f["name"], f["type"], f["default"], f["description"])
+                for f in found[name]["fields"]]  # fmt: skip
+        terminal.table(found[name]["summary"], ("field", "type", "default", "meaning"), rows)
+    else:
+        rows = [(n, d["effect"], d["summary"], ", ".join(f["name"] for f in d["fields"]))
+                for n, d in found.items()]  # fmt: skip
+        terminal.table("passes", ("pass", "effect", "what it does", "fields"), rows)
+
+
+@cli.command()
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), default="demo-out",
+              show_default=True, help="Directory to write.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), default=40, show_default=True, help="Of training.")
+@_common
+def demo(target: Path, steps: int, as_json: bool, quiet: bool) -> None:
+    """Run the main job on a real model: apply, train, merge, export, prove, ask."""
+    terminal = Terminal(as_json, quiet)
+    from peftc.demo import run
+
+    hush()
+    terminal.data(run(target, terminal, steps))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a shell's completion script: eval "$(peftc completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    cls = get_completion_class(shell)
+    assert cls is not None
+    click.echo(cls(cli, {}, "peftc", "_PEFTC_COMPLETE").source())
+
+
+def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
+    if site := proof.get("site"):
+        if site["sites"]:
+            terminal.say(
+                f"[green]✓[/] {site['sites']} sites equal what they came from: largest relative "
+                f"error {site['relative_error']:.1e} (bound {site['bound']:.0e})"
+            )
+    whole = proof.get("whole")
+    if whole and "skipped" in whole:
+        terminal.say(f"[dim]…[/] logits not compared: {whole['skipped']}")
+    elif whole:
+        terminal.say(
+            f"[green]✓[/] logits on {whole['input']}: largest relative error "
+            f"{whole['relative_error']:.1e} (bound {whole['bound']:.0e}), KL {whole['kl']:.1e}, "
+            f"top-1 agreement {whole['top1_agreement']:.0%}"
+        )
+
+
+def main() -> None:
+    """The entry point: runs the command line and turns errors into exit codes."""
+    try:
+        code = cli.main(prog_name="peftc", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except PeftcError as error:
+        Terminal(as_json="--json" in sys.argv).error(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        click.echo(f"peftc {__version__}: this is a bug of peftc; please report it.", err=True)
+        sys.exit(70)

@@ -1,0 +1,125 @@
+"""Command-line options made from the passes' own fields."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from peftc import registry
+from peftc.contract import Pass
+from peftc.errors import PassError
+
+
+class PassGroup(click.Group):
+    """A group whose commands are the registered passes; each returns its name and options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Lets the group's options stand behind its argument: `apply BASE -o OUT PASS …`."""
+        valued = {o for p in self.params if isinstance(p, click.Option) and not p.is_flag
+                  for o in p.opts}  # fmt: skip
+        end = 1
+        while end < len(args) and args[end].startswith("-"):
+            end += 2 if args[end] in valued else 1
+        if args and not args[0].startswith("-"):
+            args = [*args[1:end], args[0], *args[end:]]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(registry.PASSES)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in registry.PASSES:
+            return None
+        cls = registry.load(name)
+        return click.Command(
+            name,
+            params=[_parameter(cls, field, info) for field, info in cls.model_fields.items()],
+            callback=lambda **options: (name, _given(cls, options)),
+            help=cls.__doc__,
+        )
+
+
+def describe(cls: type[Pass]) -> dict[str, Any]:
+    """A pass and its fields as plain data."""
+    fields = [
+        {
+            "name": name,
+            "type": _type_name(info),
+            "default": None if info.is_required() else info.default,
+            "description": info.description or "",
+        }
+        for name, info in cls.model_fields.items()
+    ]
+    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    return {"summary": summary, "effect": cls.effect.value, "fields": fields}
+
+
+def adapters(given: tuple[str, ...]) -> list[tuple[str, float]]:
+    """`DIR` or `DIR=WEIGHT` as directory and weight."""
+    chosen = []
+    for text in given:
+        path, equals, weight = text.rpartition("=")
+        try:
+            chosen.append((path, float(weight)) if equals else (text, 1.0))
+        except ValueError as error:
+            raise PassError(
+                f"{weight!r} is no weight", where=f"--adapter {text}", fix="write DIR=0.5"
+            ) from error
+    return chosen
+
+
+def _parameter(cls: type[Pass], name: str, info: FieldInfo) -> click.Parameter:
+    if name == cls.positional:
+        return click.Argument([name])
+    kind = _plain(info)
+    flag = f"--{name.replace('_', '-')}"
+    default = None if info.default is PydanticUndefined else info.default
+    shown = "" if default in (None, {}, False) else f"  [default: {default}]"
+    text = (info.description or "") + shown
+    if kind is bool:
+        return click.Option([f"{flag}/--no-{name.replace('_', '-')}"], default=None, help=text)
+    if get_origin(kind) is Literal:
+        return click.Option([flag], type=click.Choice([str(a) for a in get_args(kind)]), help=text)
+    if get_origin(kind) is dict:
+        return click.Option([flag], multiple=True, metavar="NAME=VALUE", help=text)
+    types_known: Mapping[Any, click.ParamType] = {int: click.INT, float: click.FLOAT}
+    return click.Option([flag], type=types_known.get(kind, click.STRING), help=text)
+
+
+def _given(cls: type[Pass], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given; `NAME=VALUE` pairs as mappings."""
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None or value == ():
+            continue
+        if isinstance(value, tuple):
+            pairs = [pair.rpartition("=") for text in value for pair in text.split(",")]
+            if bad := [tail for head, _, tail in pairs if not head]:
+                raise click.UsageError(f"--{name.replace('_', '-')}: {bad[0]!r} is not NAME=VALUE.")
+            given[name] = {head: tail for head, _, tail in pairs}
+        else:
+            given[name] = value
+    return given
+
+
+def _plain(info: FieldInfo) -> Any:
+    """A field's type without `| None`."""
+    kind = info.annotation
+    if get_origin(kind) in (Union, types.UnionType):
+        options = [option for option in get_args(kind) if option is not type(None)]
+        kind = options[0] if len(options) == 1 else str
+    return str if get_origin(kind) is Annotated else kind
+
+
+def _type_name(info: FieldInfo) -> str:
+    kind = _plain(info)
+    if get_origin(kind) is Literal:
+        return " | ".join(str(option) for option in get_args(kind))
+    if get_origin(kind) is dict:
+        return "NAME=VALUE"
+    return str(getattr(kind, "__name__", "text")).replace("str", "text")

@@ -1,0 +1,100 @@
+"""What a directory holds, from headers and JSON alone; no torch is needed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from peftc.artifact import MANIFEST, Artifact
+from peftc.checkpoint import Checkpoint, contained, read_json, resolve
+from peftc.safetensors_file import TensorRef, read_header
+from peftc.terminal import Terminal
+
+
+def inspect(source: str, terminal: Terminal) -> None:
+    """Shows a checkpoint, a PEFT adapter, or an artifact of peftc.
+
+    Raises:
+        CheckpointError: It is none of these, or is damaged.
+    """
+    path = resolve(source)
+    found: dict[str, Any] = {"path": str(path)}
+    if (path / MANIFEST).is_file():
+        found["artifact"] = _artifact(path)
+    if (path / "adapter_config.json").is_file():
+        found["adapter"] = _adapter(path)
+    elif found.get("artifact", {}).get("kind") not in ("apply", "adapter"):
+        found["checkpoint"] = _checkpoint(path)
+    if terminal.as_json:
+        terminal.data(found)
+        return
+    for kind in ("artifact", "adapter", "checkpoint"):
+        if part := found.get(kind):
+            rows = [(key, value) for key, value in part.items() if key != "tensors"]
+            terminal.table(f"{kind} {path}", ("", ""), rows)
+            if tensors := part.get("tensors"):
+                rows = [(t["name"], t["shape"], t["dtype"], t["count"]) for t in tensors]
+                terminal.table("tensors", ("name", "shape", "dtype", "count"), rows)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(path)
+    refs = list(checkpoint.tensors.values())
+    return {
+        "architecture": ", ".join(map(str, checkpoint.config.get("architectures") or ["?"])),
+        "files": len(checkpoint.files),
+        "bytes": checkpoint.nbytes,
+        "parameters": sum(math.prod(ref.shape) for ref in refs),
+        "dtypes": _dtypes(refs),
+        "tied embeddings": checkpoint.config.get("tie_word_embeddings"),
+        "tensors": _grouped(refs),
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    config = read_json(path / "adapter_config.json", "a PEFT adapter")
+    refs = list(read_header(contained(path, "adapter_model.safetensors")).tensors.values())
+    shown = ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "target_modules",
+             "base_model_name_or_path")  # fmt: skip
+    return {
+        **{key: config[key] for key in shown if config.get(key) is not None},
+        "parameters": sum(math.prod(ref.shape) for ref in refs),
+        "dtypes": _dtypes(refs),
+        "tensors": _grouped(refs),
+    }
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    manifest = Artifact.open(path).manifest
+    site, whole = (manifest.get("proof", {}).get(part, {}) for part in ("site", "whole"))
+    return {
+        "kind": manifest["kind"],
+        "source": manifest["source"].get("path", manifest["source"].get("module")),
+        "passes": " → ".join(entry["title"] for entry in manifest["journal"]),
+        "adapters": ", ".join(manifest.get("adapters", {})) or "none",
+        "proof": ", ".join(
+            f"{name} {part['relative_error']:.1e} of {part['bound']:.0e}"
+            for name, part in (("sites", site), ("logits", whole))
+            if part.get("bound")
+        )
+        or "nothing was rewritten",
+    }
+
+
+def _dtypes(refs: list[TensorRef]) -> str:
+    return ", ".join(f"{dtype} ×{n}" for dtype, n in Counter(r.dtype for r in refs).most_common())
+
+
+def _grouped(refs: list[TensorRef]) -> list[dict[str, Any]]:
+    """Tensors that differ by their layer's number only, as one line."""
+    groups: Counter[tuple[str, str, str]] = Counter()
+    for ref in refs:
+        name = re.sub(r"\.\d+\.", ".*.", ref.name)
+        groups[name, str(list(ref.shape)), ref.dtype] += 1
+    return [
+        {"name": name, "shape": shape, "dtype": dtype, "count": count}
+        for (name, shape, dtype), count in groups.items()
+    ]

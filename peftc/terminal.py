@@ -1,0 +1,138 @@
+"""What the terminal shows: people's output on stderr, data on stdout, progress with bytes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peftc.errors import PeftcError, Violations
+from peftc.progress import Progress
+
+if TYPE_CHECKING:
+    from peftc.program import Entry
+
+
+class Terminal:
+    """One command's output.
+
+    Args:
+        as_json: Data goes to stdout as JSON, and nothing else does.
+        quiet: No progress and no remarks.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self.as_json, self.quiet = as_json, quiet
+        self.err = Console(stderr=True, quiet=quiet, highlight=False)
+        self.out = Console(highlight=False)
+
+    def say(self, text: str) -> None:
+        """A remark for people."""
+        self.err.print(text)
+
+    def data(self, value: Mapping[str, Any], human: str | None = None) -> None:
+        """The command's result: JSON, or its text for people."""
+        if self.as_json:
+            print(json.dumps(value, indent=2, default=str))
+        elif human is not None:
+            self.out.print(human)
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table on stdout, for people."""
+        from rich.box import SIMPLE
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE)
+        for i, name in enumerate(head):
+            table.add_column(name, overflow="fold", justify="left" if i == 0 else "default")
+        for row in rows:
+            table.add_row(*map(str, row))
+        self.out.print(table)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Shows a job's passes and stages, and a bar with bytes, rate and time left."""
+        shown = _Shown(self)
+        try:
+            yield shown
+        finally:
+            shown.stop()
+
+    def error(self, error: PeftcError) -> None:
+        """What is wrong, where, and how to fix it."""
+        errors = error.errors if isinstance(error, Violations) else (error,)
+        if self.as_json:
+            items = [
+                {"error": type(e).__name__, "what": e.what, "where": e.where, "fix": e.fix}
+                for e in errors
+            ]
+            print(json.dumps({"errors": items}, indent=2))
+        from rich.console import Console
+        from rich.markup import escape
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        for e in errors:
+            where = f"{escape(e.where)}: " if e.where else ""
+            console.print(f"[bold red]error[/]: {where}{escape(e.what)}")
+            if e.fix:
+                console.print(f"  [bold]fix[/]: {escape(e.fix)}")
+
+
+class _Shown(Progress):
+    """Progress on a terminal."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.bar: Any = None
+
+    def passed(self, entry: Entry) -> None:
+        change = entry.measured.get("largest_relative_change")
+        size = "" if change is None else f", largest relative change {change:.1e}"
+        self.terminal.say(f"[green]✓[/] {entry.title}: {entry.sites} sites ({entry.effect}{size})")
+
+    def stage(self, name: str, total: int = 0) -> None:
+        self.stop()
+        if not total:
+            self.terminal.say(f"[dim]…[/] {name}")
+            return
+        from rich import progress as rich
+
+        self.bar = rich.Progress(
+            rich.TextColumn("[dim]…[/] {task.description}"),
+            rich.BarColumn(),
+            rich.DownloadColumn(),
+            rich.TransferSpeedColumn(),
+            rich.TimeRemainingColumn(),
+            console=self.terminal.err,
+            disable=self.terminal.quiet,
+        )
+        self.bar.add_task(name, total=total)
+        self.bar.start()
+
+    def advance(self, count: int) -> None:
+        if self.bar is not None:
+            self.bar.advance(self.bar.task_ids[0], count)
+
+    def stop(self) -> None:
+        """Ends the bar, if one is shown."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def hush() -> None:
+    """Silences the libraries' own bars and advice, which would break into ours."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as chatter
+
+    chatter.disable_progress_bar()
+    chatter.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
