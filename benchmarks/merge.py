@@ -1,8 +1,8 @@
 """Merging LoRA into a sharded bf16 checkpoint: `cp` + fsync, PEFT and peftc, side by side.
 
-Makes Llama-shaped checkpoints of random weights on the spot, merges a rank-16 adapter on q and v and
-one on all linears, and prints wall time (of the whole process, start and imports included), peak
-resident memory, ratios, and how many elements differ from the fp32 result rounded once.
+Makes Llama-shaped checkpoints of random weights on the spot, merges a rank-16 adapter on q and v
+and one on all linears, and prints wall time (of the whole process, start and imports included),
+peak resident memory, ratios, and how many elements differ from the fp32 result rounded once.
 
     python benchmarks/merge.py --sizes 4 8 --rounds 3
 """
@@ -127,7 +127,7 @@ def wrong_elements(base: Path, adapter: Path, merged: Path) -> tuple[int, int]:
         names = set(lora.keys())
         for file in sorted(base.glob("*.safetensors")):
             with safe_open(file, "pt") as old, safe_open(merged / file.name, "pt") as new:
-                for name in old.keys():
+                for name in old.keys():  # noqa: SIM118
                     want = old.get_tensor(name)
                     key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
                     if f"{key}A.weight" in names:
@@ -144,11 +144,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[4, 8], help="GB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peft-rounds", type=int, default=1)
-    parser.add_argument("--dir", type=Path, default=None, help="where to work; default: a temporary")
+    parser.add_argument(
+        "--dir", type=Path, default=None, help="where to work; default: a temporary"
+    )
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="peftc-bench-", dir=args.dir))
-    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), platform.machine())  # fmt: skip
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.machine()
     print(f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}, medians of "
           f"{args.rounds} rounds (PEFT: {args.peft_rounds})\n")  # fmt: skip
     print("| checkpoint | job | seconds | × cp | peak GB | wrong elements |")

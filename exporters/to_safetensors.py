@@ -79,9 +79,7 @@ def write_model(
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
     for name, path in program.source.companions().items():
         stage.add(folder + name, path.read_bytes())
-    return link(
-        program, stage, folder, workers=workers, watch=watcher(program), progress=progress
-    )
+    return link(program, stage, folder, workers=workers, watch=watcher(program), progress=progress)
 
 
 def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:
@@ -126,5 +124,3 @@ def _files(program: Program) -> set[Path]:
                 yield from leaves(inner)
 
     return {path for constant in program.constants.values() for path in leaves(constant)}
-
-

@@ -55,7 +55,9 @@ class Attach(Pass):
         return errors
 
     def run(self, program: Program) -> PassResult:
-        return PassResult(bind(program, self.path, self.name_in(program), self.weight).program, True)
+        return PassResult(
+            bind(program, self.path, self.name_in(program), self.weight).program, True
+        )
 
     def name_in(self, program: Program) -> str:
         """The adapter's name in this program."""
@@ -113,7 +115,7 @@ def _method(directory: AdapterDirectory) -> Method:
 def _sort(
     program: Program, directory: AdapterDirectory, name: str
 ) -> tuple[dict[str, dict[str, Constant]], dict[str, Constant], list[PeftcError]]:
-    """Each site's tensors by their local names, the base's own biases, and what binds to neither."""
+    """Each site's tensors by local names, the base's own biases, and what binds to neither."""
     from peftc.sites import local_name
 
     given: dict[str, dict[str, Constant]] = {}
@@ -201,7 +203,8 @@ def _biases(
     }
     where = str(directory.file.path)
     found = {key.replace(".base_layer.", "."): leaf for key, leaf in loose.items()}
-    errors: list[PeftcError] = [
+    errors: list[PeftcError] = []
+    errors += [
         AdapterError(f"tensor {key} replaces a weight that its config does not train", where=where)
         for key in sorted(set(found) - set(wanted))
     ] + [AdapterError(f"lacks the trained bias {key}", where=where)

@@ -42,16 +42,15 @@ class Lora(Method):
         None, gt=0, allow_inf_nan=False, description="the branch is scaled by alpha / rank; "
         "default: the rank, a scale of 1"
     )  # fmt: skip
-    rslora: bool = Field(
-        False, description="scale by alpha / √rank instead (arXiv:2312.03732)"
-    )
+    rslora: bool = Field(False, description="scale by alpha / √rank instead (arXiv:2312.03732)")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A, in training")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which of the base's biases are trained too"
     )
     lora_bias: bool = Field(False, description="give B a bias")
     init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming", description="A's start: uniform (Kaiming, a = √5) or normal with deviation 1/rank"
+        "kaiming",
+        description="A's start: uniform (Kaiming, a = √5) or normal with deviation 1/rank",
     )
     rank_pattern: dict[str, int] = Field({}, description="ranks by module: q_proj=32")
     alpha_pattern: dict[str, float] = Field({}, description="alphas by module: q_proj=64")
@@ -93,14 +92,16 @@ class Lora(Method):
         errors += unbound_patterns("alpha pattern", self.alpha_pattern, chosen)
         for key, value in [*self.rank_pattern.items(), *self.alpha_pattern.items()]:
             if not (math.isfinite(value) and value > 0):
-                errors.append(PassError(f"pattern {key!r} gives {value}", fix="give a positive one"))
+                errors.append(
+                    PassError(f"pattern {key!r} gives {value}", fix="give a positive one")
+                )
         for fqn in chosen:
             site = program.sites[fqn]
             smaller = min(site.in_features, site.out_features)
             if self.rank_at(fqn) > smaller:
                 errors.append(
                     PassError(
-                        f"rank {self.rank_at(fqn)} is above the layer's smaller dimension, {smaller}",
+                        f"rank {self.rank_at(fqn)} is above the smaller dimension, {smaller}",
                         where=fqn,
                         fix="lower the rank, or give this layer its own by rank_pattern",
                     )

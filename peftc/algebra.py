@@ -1,8 +1,8 @@
 """Folding: a site whose output is affine in its input becomes one linear over derived constants.
 
 Each value of a site's graph is constant, affine in x (x·Wᵀ + b, with W and b constants) or neither.
-The rules below say how an operator carries that on; none of them knows a fine-tuning method. W and b
-are not computed here: they are written down as graphs over the site's constants, in the order of
+The rules below say how an operator carries that on; none of them knows a fine-tuning method. W and
+b are not computed here: they are written down as graphs over the site's constants, in the order of
 operations in which a reader would write them, and evaluated when they are linked.
 """
 
@@ -141,7 +141,8 @@ class _Folding:
         if node.target is aten.type_as.default:
             return operands[0]  # type: ignore[return-value]  # in fp32 a cast is nothing
         if not any(isinstance(operand, Affine) for operand in operands):
-            return self.build.graph.call_function(node.target, tuple(operands))
+            assert callable(node.target)
+            return self.build.op(node.target, *operands)
         rule = RULES.get("dropout" if node.op == "call_module" else node.target)
         result = rule(self, node, *operands) if rule else None
         if result is None:

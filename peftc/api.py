@@ -27,8 +27,8 @@ from peftc.passes.merge import Merge
 from peftc.pipeline import Pipeline
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
-from peftc.recipe import build
 from peftc.proof import Extent, site_proof, wants_whole, watch_file, whole_proof
+from peftc.recipe import build
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -37,15 +37,17 @@ def load(source: str | Path, progress: Progress = SILENT) -> Program:
     """The program that a source stands for, its adapters attached.
 
     Args:
-        source: A checkpoint's directory or hub id, a PEFT adapter's directory or hub id (its base is
-            found by its config), or what `apply` wrote.
+        source: A checkpoint's directory or hub id, a PEFT adapter's (its config names its base),
+            or what `apply` wrote.
         progress: Told of each adapter.
 
     Raises:
         PeftcError: It is none of these, or a part of it is missing or damaged.
     """
     path = resolve(source)
-    if (path / MANIFEST).is_file() and (artifact := Artifact.open(path)).manifest["kind"] == "apply":
+    if (path / MANIFEST).is_file() and (artifact := Artifact.open(path)).manifest[
+        "kind"
+    ] == "apply":
         return _load_applied(artifact, progress)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
         base = read_json(path / ADAPTER_CONFIG, "a PEFT adapter").get("base_model_name_or_path")
@@ -111,7 +113,9 @@ def apply(
         proof = {}
         if rewritten:
             progress.stage("link", need)
-            proof = {"site": site_proof(program, write_model(program, stage, "base/", None, progress))}
+            proof = {
+                "site": site_proof(program, write_model(program, stage, "base/", None, progress))
+            }
         own = str(target.absolute() / "base") if rewritten else None
         for name, place in places.items():
             write_adapter(program, name, stage, f"{place}/", own)

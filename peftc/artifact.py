@@ -140,9 +140,7 @@ def staging(
             raise
 
 
-def _obstacles(
-    target: Path, need: int, sources: list[Path], overwrite: bool
-) -> list[PeftcError]:
+def _obstacles(target: Path, need: int, sources: list[Path], overwrite: bool) -> list[PeftcError]:
     errors: list[PeftcError] = []
     where, real = str(target), target.resolve()
     if target.exists() or target.is_symlink():

@@ -214,8 +214,8 @@ def _shards(root: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str,
         raise CheckpointError(
             f"holds only pickled weights ({pickles[0]}), which run code when opened",
             where=str(root),
-            fix=f'convert it once, if you trust it: python -c "from transformers import AutoModel; '
-            f"AutoModel.from_pretrained('{root}').save_pretrained('{root}-safetensors')\"",
+            fix=f'convert it once, if you trust it: python -c "from transformers import {cls}; '
+            f"{cls}.from_pretrained('{root}').save_pretrained('{root}-safetensors')\"",
         )
     raise CheckpointError(
         f"holds no weights: neither {SINGLE} nor {INDEX}",

@@ -62,8 +62,8 @@ def apply(**_: Any) -> None:
 
       peftc apply BASE -o OUT lora --rank 16 --targets q_proj,v_proj
 
-    OUT gets adapter/, which PEFT loads, base/ if a pass changed the weights (else a pinned reference
-    to BASE), and peftc.json. `peftc apply BASE PASS --help` shows a pass's options.
+    OUT gets adapter/, which PEFT loads, base/ if a pass changed the weights (else a pinned
+    reference to BASE), and peftc.json. `peftc apply BASE PASS --help` shows a pass's options.
     """
 
 
@@ -127,7 +127,7 @@ def export(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make an artifact of SRC, with a measured proof.
+    r"""Make an artifact of SRC, with a measured proof.
 
     \b
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
@@ -225,12 +225,11 @@ def completion(shell: str) -> None:
 
 
 def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
-    if site := proof.get("site"):
-        if site["sites"]:
-            terminal.say(
-                f"[green]✓[/] {site['sites']} sites equal what they came from: largest relative "
-                f"error {site['relative_error']:.1e} (bound {site['bound']:.0e})"
-            )
+    if (site := proof.get("site")) and site["sites"]:
+        terminal.say(
+            f"[green]✓[/] {site['sites']} sites equal what they came from: largest relative "
+            f"error {site['relative_error']:.1e} (bound {site['bound']:.0e})"
+        )
     whole = proof.get("whole")
     if whole and "skipped" in whole:
         terminal.say(f"[dim]…[/] logits not compared: {whole['skipped']}")

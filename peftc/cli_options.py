@@ -87,7 +87,7 @@ def _parameter(cls: type[Pass], name: str, info: FieldInfo) -> click.Parameter:
         return click.Option([flag], type=click.Choice([str(a) for a in get_args(kind)]), help=text)
     if get_origin(kind) is dict:
         return click.Option([flag], multiple=True, metavar="NAME=VALUE", help=text)
-    types_known: Mapping[Any, click.ParamType] = {int: click.INT, float: click.FLOAT}
+    types_known: Mapping[Any, Any] = {int: click.INT, float: click.FLOAT}
     return click.Option([flag], type=types_known.get(kind, click.STRING), help=text)
 
 

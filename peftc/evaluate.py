@@ -10,7 +10,8 @@ x·Wᵀ are rows of W. An operator that is not in the table is evaluated whole, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,23 @@ from peftc.graphs import Spec, aten
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: stays in a core's cache
 _POINTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
-_IN_PLACE = {aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul}
+_IN_PLACE: dict[Any, Any] = {
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+}
 _FRESH = {aten.mm.default, aten.linear.default, *_IN_PLACE}  # whose results are no views
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Runs torch on one thread: on pieces this small, its threads cost more than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
@@ -111,7 +127,7 @@ class Evaluation:
             which = self.plan.sliced[node]
             args = [
                 self._slice(a, done, low, high) if i in which else self._argument(a)
-                for i, a in enumerate(node.args)
+                for i, a in enumerate(_operands(node))
             ]
             result = self._call(node, args)
         done[node] = result
@@ -125,22 +141,21 @@ class Evaluation:
             elif node.op == "get_attr":
                 self._whole[node] = self._constant(str(node.target), None)
             else:
-                self._whole[node] = self._call(node, [self._argument(a) for a in node.args])
+                self._whole[node] = self._call(node, [self._argument(a) for a in _operands(node)])
         return self._whole[node]
 
     def _argument(self, argument: Any) -> Any:
         return self._value(argument) if isinstance(argument, fx.Node) else argument
 
     def _call(self, node: fx.Node, args: list[Any]) -> torch.Tensor:
-        # In fp32 throughout, a cast is nothing; nor is dropout, which is not for evaluation.
-        if node.op == "call_module" or node.target is aten.type_as.default:
+        if _is_nothing(node):
             result: torch.Tensor = args[0]
             return result
-        inplace = _IN_PLACE.get(node.target)
-        if inplace and (spare := self._spare(node, args)) is not None:
-            return inplace(*args, out=spare)
         assert callable(node.target)
-        result = node.target(*args)
+        spare = self._spare(node, args) if node.target in _IN_PLACE else None
+        into = {} if spare is None else {"out": spare}
+        compute = node.target if spare is None else _IN_PLACE[node.target]
+        result = compute(*args, **into)
         return result
 
     def _spare(self, node: fx.Node, args: list[Any]) -> torch.Tensor | None:
@@ -185,10 +200,10 @@ class _Plan:
                 continue
             rule = None if node in whole or not self.specs[node].shape else self._rule(node)
             if rule is None:
-                whole.update((node, *node.all_input_nodes))
+                whole.update((node, *(a for a in _operands(node) if isinstance(a, fx.Node))))
                 continue
             self.sliced[node] = rule
-            for i, argument in enumerate(node.args):
+            for i, argument in enumerate(_operands(node)):
                 if isinstance(argument, fx.Node):
                     (demanded if i in rule else whole).add(argument)
         shape = self.specs[out].shape or (1,)
@@ -197,9 +212,7 @@ class _Plan:
     def _rule(self, node: fx.Node) -> frozenset[int] | None:
         if node.op == "get_attr":
             return frozenset()
-        if node.op == "call_module" or node.target is aten.type_as.default:
-            return frozenset({0})
-        if node.target is aten.mm.default:
+        if _is_nothing(node) or node.target is aten.mm.default:
             return frozenset({0})
         if node.target is aten.linear.default:
             return frozenset(range(1, len(node.args)))
@@ -219,12 +232,20 @@ class _Plan:
         return len(shape) == len(result) and shape[0] == result[0]
 
 
+def _is_nothing(node: fx.Node) -> bool:
+    """In fp32 throughout, a cast is nothing; dropout is not for evaluation."""
+    return node.op == "call_module" or node.target is aten.type_as.default
+
+
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments whose values are needed; of a cast, not the one that gives the dtype."""
+    return node.args[:1] if _is_nothing(node) else node.args
+
+
 _plans: dict[Any, _Plan] = {}
 
 
-def _plan(
-    graph: fx.Graph, specs: tuple[tuple[str, Spec], ...], x: torch.Size | None
-) -> _Plan:
+def _plan(graph: fx.Graph, specs: tuple[tuple[str, Spec], ...], x: torch.Size | None) -> _Plan:
     key = graph, specs, x
     if key not in _plans:
         spec = None if x is None else Spec(tuple(x), torch.float32)
@@ -255,7 +276,7 @@ def _open(path: Path, inode: int, size: int) -> _OpenFile:
 
 def _read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
     raw = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(raw.numpy())
+    view = raw.numpy().data
     info = path.stat()
     file = _open(path, info.st_ino, info.st_size)
     done = 0

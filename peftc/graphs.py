@@ -41,6 +41,7 @@ class Builder:
         """The constant `name`; one node however often it is named."""
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
+                assert isinstance(node, fx.Node)
                 return node
         return self.graph.create_node("get_attr", name)
 
@@ -61,11 +62,11 @@ class Builder:
         return self.op(aten.t.default, a)
 
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
-        """a + b."""
+        """The sum a + b."""
         return self.op(aten.add.Tensor, a, b)
 
     def mul(self, a: fx.Node, b: fx.Node | float) -> fx.Node:
-        """a · b."""
+        """The product a · b, element by element."""
         return self.op(aten.mul.Tensor, a, b)
 
     def type_as(self, a: fx.Node, b: fx.Node) -> fx.Node:
@@ -85,7 +86,9 @@ def text(graph: fx.Graph) -> str:
     lines = []
     for node in graph.nodes:
         target = "" if node.op in ("output", "placeholder") else str(node.target)
-        lines.append(f"{node.op} {target}{show(node.args)}{show(node.kwargs) if node.kwargs else ''}")
+        lines.append(
+            f"{node.op} {target}{show(node.args)}{show(node.kwargs) if node.kwargs else ''}"
+        )
     return "\n".join(lines)
 
 

@@ -33,8 +33,8 @@ def inspect(source: str, terminal: Terminal) -> None:
         return
     for kind in ("artifact", "adapter", "checkpoint"):
         if part := found.get(kind):
-            rows = [(key, value) for key, value in part.items() if key != "tensors"]
-            terminal.table(f"{kind} {path}", ("", ""), rows)
+            facts = [(key, value) for key, value in part.items() if key != "tensors"]
+            terminal.table(f"{kind} {path}", ("", ""), facts)
             if tensors := part.get("tensors"):
                 rows = [(t["name"], t["shape"], t["dtype"], t["count"]) for t in tensors]
                 terminal.table("tensors", ("name", "shape", "dtype", "count"), rows)

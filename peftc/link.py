@@ -24,7 +24,7 @@ import torch
 from peftc.artifact import Staging, digest
 from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
 from peftc.errors import CheckpointError
-from peftc.evaluate import Evaluation, chunks, read, value
+from peftc.evaluate import Evaluation, chunks, read, single_threaded, value
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
 
@@ -99,20 +99,17 @@ def link(
             progress.advance(shard.size)
         else:
             todo.append(shard)
-    threads = torch.get_num_threads()
-    try:
-        with (
-            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-            ThreadPoolExecutor(workers) as sealers,
-        ):
-            try:
-                _run(todo, stage, pool, sealers, watch, progress.advance, measured)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                sealers.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(threads)
+    with (
+        single_threaded(),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ThreadPoolExecutor(workers) as sealers,
+    ):
+        try:
+            _run(todo, stage, pool, sealers, watch, progress.advance, measured)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            sealers.shutdown(cancel_futures=True)
+            raise
     return measured
 
 
@@ -156,9 +153,7 @@ def _run(
 
 def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
     tensors = [
-        (key, fqn, program.constants[fqn])
-        for key in file.tensors
-        for fqn in (program.stored[key],)
+        (key, fqn, program.constants[fqn]) for key in file.tensors for fqn in (program.stored[key],)
     ]
     table: dict[str, Any] = {}
     position = 0

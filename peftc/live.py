@@ -178,10 +178,11 @@ class _Ref:
 
 def _rows(graph: fx.Graph) -> list[tuple[str, str, str, Any]]:
     """A graph as plain data: overloads do not pickle, their names do."""
-    return [
-        (n.op, str(n.target), n.name, fx.node.map_arg(n.args, lambda a: _Ref(a.name)))
-        for n in graph.nodes
-    ]
+
+    def refer(node: fx.Node) -> Any:
+        return _Ref(node.name)
+
+    return [(n.op, str(n.target), n.name, fx.node.map_arg(n.args, refer)) for n in graph.nodes]
 
 
 def _rebuild(rows: list[tuple[str, str, str, Any]]) -> LiveSite:

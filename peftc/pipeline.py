@@ -13,7 +13,7 @@ from peftc import graphs, registry
 from peftc.constants import Constant
 from peftc.contract import Effect, Pass
 from peftc.errors import PassError, PeftcError, ProofError, TiedWeightError, raise_all
-from peftc.evaluate import Evaluation
+from peftc.evaluate import Evaluation, single_threaded
 from peftc.graphs import Spec
 from peftc.program import Entry, Program
 from peftc.progress import SILENT, Progress
@@ -41,7 +41,8 @@ class Pipeline:
                 result is not what it declared.
         """
         for pass_ in self.passes:
-            program = run_pass(program, pass_)
+            with single_threaded():
+                program = run_pass(program, pass_)
             progress.passed(program.journal[-1])
         return program
 

@@ -227,7 +227,9 @@ class Program:
             digest.update(f"{fqn}\n{graphs.text(site.graph)}\n{dict(site.dropouts)}\n".encode())
         for fqn in sorted(self.constants):
             digest.update(f"{fqn} {self.constants[fqn].key}\n".encode())
-        digest.update(repr(sorted((a.name, sorted(a.tensors)) for a in self.adapters.values())).encode())
+        digest.update(
+            repr(sorted((a.name, sorted(a.tensors)) for a in self.adapters.values())).encode()
+        )
         return digest.hexdigest()
 
 

@@ -109,7 +109,7 @@ def site_proof(program: Program, measured: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ProofError: A site differs by more than its dtype's rounding explains.
     """
-    worst = {"relative_error": 0.0, "at": None, "bound": None}
+    worst: dict[str, Any] = {"relative_error": 0.0, "at": None, "bound": None}
     for fqn, seen in measured.items():
         dtype = program.constants[fqn].spec.dtype
         bound = SITE_BOUND.get(dtype, torch.finfo(dtype).eps)
@@ -122,14 +122,16 @@ def site_proof(program: Program, measured: Mapping[str, Any]) -> dict[str, Any]:
                 fix="nothing was published; look for weights that overflow "
                 f"{str(dtype).removeprefix('torch.')}",
             )
-        if relative >= worst["relative_error"]:  # type: ignore[operator]
+        if relative >= worst["relative_error"]:
             worst = {"relative_error": relative, "at": fqn, "bound": bound}
     return {"sites": len(measured), "samples": SAMPLES, **worst}
 
 
 def wants_whole(program: Program, extent: Extent) -> bool:
     """Whether to compare whole models, by the caller's wish or the model's size."""
-    count = sum(torch.Size(program.constants[f].spec.shape).numel() for f in program.stored.values())
+    count = sum(
+        torch.Size(program.constants[f].spec.shape).numel() for f in program.stored.values()
+    )
     if not (isinstance(program.source, CheckpointSource) and program.unfolded):
         return False
     return extent == "whole" or (extent == "auto" and 4 * count <= AUTO_BYTES)

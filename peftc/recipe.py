@@ -94,7 +94,9 @@ def explained(
         at = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             name = str(problem["loc"][-1])
-            found.append(kind(f"unknown option {at!r}", where=where, fix=did_you_mean(name, fields)))
+            found.append(
+                kind(f"unknown option {at!r}", where=where, fix=did_you_mean(name, fields))
+            )
         elif problem["type"] == "missing":
             found.append(kind(f"{at} is missing", where=where, fix=f"give {at}"))
         else:

@@ -25,8 +25,7 @@ def load(name: str) -> type[Pass]:
     if name not in PASSES:
         raise PassError(f"there is no pass {name!r}", fix=did_you_mean(name, PASSES))
     module, _, attribute = PASSES[name].partition(":")
-    found = getattr(import_module(module), attribute)
-    assert issubclass(found, Pass)
+    found: type[Pass] = getattr(import_module(module), attribute)
     return found
 
 
@@ -47,4 +46,6 @@ def method_for(peft_type: str) -> type[Method]:
         if cls.peft_type == peft_type:
             return cls
     known = ", ".join(sorted(cls.peft_type for cls in methods))
-    raise AdapterError(f"adapters of type {peft_type} cannot be attached", fix=f"there are: {known}")
+    raise AdapterError(
+        f"adapters of type {peft_type} cannot be attached", fix=f"there are: {known}"
+    )

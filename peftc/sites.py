@@ -36,7 +36,10 @@ def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module of exactly known class; a subclass may compute something else."""
     if type(module) is nn.Linear:
         return LINEAR
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+    if (
+        type(module).__name__ == "Conv1D"
+        and type(module).__module__ == "transformers.pytorch_utils"
+    ):
         return CONV1D
     return None
 

