@@ -44,11 +44,13 @@ class Staging:
         self._log = path / _DONE
         lines = _lines(self._log)
         if not lines or lines[0] != {"key": key}:
+            lines = [{"key": key}]
             for item in path.iterdir():
                 if item.name != _LOCK:
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
-            self._append({"key": key})
-        for line in lines[1:] if lines and lines[0] == {"key": key} else []:
+        # Written anew, for a kill may have cut its last line off.
+        self._log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines[1:]:
             file = path / line["file"]
             if file.exists() and file.stat().st_size == line["size"]:
                 self.files[line["file"]] = Sealed(line["size"], line["sha256"])

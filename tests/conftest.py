@@ -25,7 +25,9 @@ SMALL: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "vocab_size": 97, "max_position_embeddings": 64,
 }  # fmt: skip
-GPT2: dict[str, Any] = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 64}
+GPT2: dict[str, Any] = {
+    "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 64,
+}  # fmt: skip
 OPT: dict[str, Any] = {
     "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "vocab_size": 97, "max_position_embeddings": 64, "word_embed_proj_dim": 48,
@@ -45,7 +47,7 @@ MakeAdapter = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """Makes (once for each arguments) a tiny random checkpoint: `checkpoint("gpt2", torch.bfloat16)`.
+    """Makes, once for each of its arguments, a tiny random checkpoint.
 
     `shards=True` splits it into several files.
     """
@@ -69,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
-    """Makes (once for each arguments) a PEFT LoRA adapter with non-zero weights for a checkpoint."""
+    """Makes, once for each of its arguments, a PEFT LoRA adapter with non-zero weights."""
     made: dict[Any, Path] = {}
 
     def make(base: Path, seed: int = 0, **options: Any) -> Path:

@@ -1,0 +1,137 @@
+"""The contract that every registered pass keeps, tested over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from peftc import Lora, Pass, Pipeline, Program, capture, materialize, registry
+from peftc.contract import Effect
+from peftc.pipeline import run_pass
+
+from .conftest import MakeAdapter, MakeCheckpoint, distance, logits
+
+Make = Callable[[str], Pass]
+pytestmark = pytest.mark.parametrize("name", registry.PASSES)
+
+
+@pytest.fixture
+def base(checkpoint: MakeCheckpoint) -> Path:
+    return checkpoint("llama")
+
+
+@pytest.fixture
+def make(base: Path, adapter: MakeAdapter) -> Make:
+    """A pass with its required options given."""
+
+    def build(name: str) -> Pass:
+        cls = registry.load(name)
+        required = {n for n, field in cls.model_fields.items() if field.is_required()}
+        assert required <= {"path"}, "give this contract a value for the new required option"
+        options = {"path": str(adapter(base))} if required else {}
+        return cls(**options)
+
+    return build
+
+
+@pytest.fixture
+def program(name: str, base: Path) -> Program:
+    """What the pass works on: a plain model, or one with an adapter for passes that need it."""
+    plain = capture(base)
+    if registry.load(name).effect is not Effect.EQUAL:
+        return plain
+    # Trained weights: with a fresh adapter folding would change nothing.
+    carrying = Pipeline([Lora(rank=3)]).run(plain)
+    torch.manual_seed(0)
+    model = materialize(carrying)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    from peftc import absorb
+
+    return absorb(carrying, model)
+
+
+def test_pass_is_frozen_and_refuses_unknown_options(name: str, make: Make) -> None:
+    made = make(name)
+    with pytest.raises(ValidationError):
+        type(made)(**{**made.model_dump(), "no_such_option": 1})
+    for field in type(made).model_fields:
+        with pytest.raises(ValidationError):
+            setattr(made, field, None)
+
+
+def test_pass_and_its_fields_are_described(name: str) -> None:
+    cls = registry.load(name)
+    summary = (cls.__doc__ or "").strip()
+    assert "\n" not in summary.split("\n\n")[0] and summary.endswith(".")
+    assert all(field.description for field in cls.model_fields.values())
+    assert registry.name_of(cls) == name
+
+
+def test_options_survive_json(name: str, make: Make) -> None:
+    made = make(name)
+    assert type(made)(**made.model_dump(mode="json", exclude_defaults=True)) == made
+
+
+def test_check_finds_nothing_and_changes_nothing_when_all_is_well(
+    name: str, make: Make, program: Program
+) -> None:
+    before = program.fingerprint
+    assert make(name).check(program) == []
+    assert Program(**vars_of(program)).fingerprint == before
+
+
+def test_run_leaves_its_input_alone_and_tells_whether_it_changed(
+    name: str, make: Make, program: Program
+) -> None:
+    before = program.fingerprint
+    result = make(name).run(program)
+    assert Program(**vars_of(program)).fingerprint == before
+    assert result.modified == (result.program.fingerprint != before)
+    assert result.modified
+
+
+def test_run_is_deterministic(name: str, make: Make, program: Program) -> None:
+    one, two = (make(name).run(program).program.fingerprint for _ in range(2))
+    assert one == two
+
+
+def test_pipeline_accepts_the_result_and_writes_the_journal(
+    name: str, make: Make, program: Program
+) -> None:
+    after = run_pass(program, make(name))
+    entry = after.journal[-1]
+    assert (entry.title, entry.effect) == (name, registry.load(name).effect)
+    assert entry.sites == sum(a is not b for a, b in zip(
+        after.sites.values(), program.sites.values(), strict=True))  # fmt: skip
+    assert set(after.sites) == set(program.sites)
+    assert {c.spec for c in after.constants.values()} >= {c.spec for c in program.captured.values()}
+
+
+def test_effect_holds_for_the_live_model(name: str, make: Make, program: Program) -> None:
+    before = logits(materialize(program))
+    after = logits(materialize(run_pass(program, make(name))))
+    match registry.load(name).effect:
+        case Effect.IDENTITY:
+            assert torch.equal(before, after)
+        case Effect.EQUAL:
+            assert distance(after, before) < 1e-5
+        case _:
+            assert distance(after, before) > 1e-3
+
+
+def test_pass_with_nothing_to_do_says_so(name: str, make: Make, base: Path) -> None:
+    if registry.load(name).effect is Effect.EQUAL:
+        result = make(name).run(plain := capture(base))
+        assert not result.modified and result.program is plain
+
+
+def vars_of(program: Program) -> dict[str, object]:
+    """A program's fields, for a copy whose fingerprint is worked out anew."""
+    return {field: getattr(program, field) for field in program.__dataclass_fields__}
