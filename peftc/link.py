@@ -13,7 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,33 +122,28 @@ def _run(
     on_bytes: Callable[[int], None],
     measured: dict[str, Any],
 ) -> None:
-    pending: dict[Future[dict[str, Any]], Shard] = {}
+    waiting: dict[Future[Any], Shard] = {}
+    left: dict[str, int] = {}
+    notes: dict[str, dict[str, Any]] = {}
     for shard in todo:
         path = stage.path / shard.name
         _create(path, shard)
-        for unit in _units(shard.entries):
-            pending[pool.submit(_write, path, unit, watch, on_bytes)] = shard
-    left = {shard.name: sum(1 for s in pending.values() if s is shard) for shard in todo}
-    notes: dict[str, dict[str, Any]] = {shard.name: {} for shard in todo}
-    seals: dict[Future[str], Shard] = {}
-
-    def written(shard: Shard) -> None:
         on_bytes(len(shard.header))
-        seals[sealers.submit(_seal, stage.path / shard.name)] = shard
-
-    for shard in todo:
-        if not left[shard.name]:
-            written(shard)
-    for future in as_completed(pending):
-        shard = pending[future]
-        notes[shard.name] |= future.result()
-        left[shard.name] -= 1
-        if not left[shard.name]:
-            written(shard)
-    for done in as_completed(seals):
-        shard = seals[done]
-        stage.seal(shard.name, done.result(), notes[shard.name])
-        measured |= notes[shard.name]
+        units = list(_units(shard.entries)) or [[]]
+        left[shard.name], notes[shard.name] = len(units), {}
+        for unit in units:
+            waiting[pool.submit(_write, path, unit, watch, on_bytes)] = shard
+    while waiting:
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            shard, result = waiting.pop(future), future.result()
+            if left[shard.name]:
+                notes[shard.name] |= result
+                left[shard.name] -= 1
+                if not left[shard.name]:
+                    waiting[sealers.submit(_seal, stage.path / shard.name)] = shard
+            else:
+                stage.seal(shard.name, result, notes[shard.name])
+                measured |= notes[shard.name]
 
 
 def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
