@@ -200,17 +200,16 @@ def passes(name: str | None, as_json: bool, quiet: bool) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), default="demo-out",
-              show_default=True, help="Directory to write.")  # fmt: skip
+@_output
 @click.option("--steps", type=click.IntRange(1), default=40, show_default=True, help="Of training.")
 @_common
-def demo(target: Path, steps: int, as_json: bool, quiet: bool) -> None:
+def demo(target: Path | None, overwrite: bool, steps: int, as_json: bool, quiet: bool) -> None:
     """Run the main job on a real model: apply, train, merge, export, prove, ask."""
     terminal = Terminal(as_json, quiet)
     from peftc.demo import run
 
     hush()
-    terminal.data(run(target, terminal, steps))
+    terminal.data(run(target or Path("demo-out"), terminal, steps, overwrite))
 
 
 @cli.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class Terminal:
         from rich.console import Console
 
         self.as_json, self.quiet = as_json, quiet
-        self.err = Console(stderr=True, quiet=quiet, highlight=False)
+        self.err = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self.out = Console(highlight=False)
 
     def say(self, text: str) -> None:
@@ -61,6 +61,23 @@ class Terminal:
             yield shown
         finally:
             shown.stop()
+
+    @contextmanager
+    def steps(self, total: int) -> Iterator[Callable[[str], None]]:
+        """A bar over steps with the time left; yields a function that takes a remark a step."""
+        from rich import progress as rich
+
+        with rich.Progress(
+            rich.TextColumn("  step"),
+            rich.MofNCompleteColumn(),
+            rich.BarColumn(),
+            rich.TextColumn("{task.description}"),
+            rich.TimeRemainingColumn(),
+            console=self.err,
+            disable=self.quiet,
+        ) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda remark: bar.update(task, advance=1, description=remark)
 
     def error(self, error: PeftcError) -> None:
         """What is wrong, where, and how to fix it."""
