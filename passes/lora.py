@@ -35,7 +35,7 @@ _STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "none"}
 class Lora(Method):
     """Inject low-rank branches: y + s·B(A(dropout(x))), with B zero at the start."""
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_type: ClassVar[str | None] = "LORA"
 
     rank: int = Field(16, gt=0, description="rank of A and B")
     alpha: float | None = Field(

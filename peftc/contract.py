@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from peftc.errors import PassError, PeftcError
+from peftc.errors import AdapterError, PassError, PeftcError
 from peftc.targets import Targets
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Method(Targets, Pass):
     """A fine-tuning method: it says what it adds to a site, and all else follows by algebra."""
 
     effect: ClassVar[Effect] = Effect.IDENTITY
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[str | None] = None  # None: PEFT has no such method
 
     adapter: AdapterName = Field("default", description="the adapter's name")
     seed: int = Field(0, ge=0, description="seed of the start values")
@@ -81,18 +81,20 @@ class Method(Targets, Pass):
     def inject(self, site: SiteEditor) -> None:
         """Adds this method's nodes to one site."""
 
-    @abstractmethod
     def peft_config(self) -> dict[str, Any]:
         """This configuration as PEFT's adapter_config.json has it."""
+        return {"peft_type": self.peft_type}
 
     @classmethod
-    @abstractmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
         """The configuration that PEFT's adapter_config.json describes."""
+        raise AdapterError(f"{cls.__name__} reads no adapter_config.json")
 
-    @abstractmethod
     def weighted(self, weight: float) -> Self:
         """This method with what it adds multiplied by `weight`."""
+        if weight != 1:
+            raise PassError(f"{type(self).__name__} cannot be weighed by {weight}")
+        return self
 
     def trainable_biases(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own biases that this method trains, by name."""

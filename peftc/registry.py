@@ -45,7 +45,7 @@ def method_for(peft_type: str) -> type[Method]:
     for cls in methods:
         if cls.peft_type == peft_type:
             return cls
-    known = ", ".join(sorted(cls.peft_type for cls in methods))
+    known = ", ".join(sorted(cls.peft_type for cls in methods if cls.peft_type))
     raise AdapterError(
         f"adapters of type {peft_type} cannot be attached", fix=f"there are: {known}"
     )

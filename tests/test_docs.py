@@ -7,8 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from peftc import Merge, Pipeline, absorb, capture, materialize
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(file for file in (ROOT / "examples").glob("[0-9]*.py"))
@@ -32,6 +37,20 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip(), "an example shows something"
+
+
+def test_method_on_the_page_about_passes_merges() -> None:
+    page = (ROOT / "docs" / "writing-a-pass.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    namespace: dict[str, Any] = {"__name__": __name__}
+    exec(code, namespace)
+    program = Pipeline([namespace["OutputGain"]()]).run(capture(nn.Sequential(nn.Linear(3, 5))))
+    model = materialize(program)
+    with torch.no_grad():
+        model.get_parameter("0.gain.default.weight").normal_()
+    x = torch.randn(4, 3)
+    merged = materialize(Pipeline([Merge()]).run(absorb(program, model)))
+    assert torch.allclose(model(x), merged(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda file: file.name)
