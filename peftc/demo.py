@@ -107,7 +107,7 @@ def _ask(terminal: Terminal, model: nn.Module, tokenizer: Any) -> dict[str, str]
         )
         generator: Any = model
         with torch.no_grad():
-            output = generator.generate(**prompt, max_new_tokens=60, do_sample=False)
+            output = generator.generate(**prompt, max_new_tokens=48, do_sample=False)
         text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         answers[question] = text.strip()
         terminal.say(f"  [bold]{question}[/]\n  → {answers[question]}")
