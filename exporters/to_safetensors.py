@@ -58,6 +58,7 @@ def to_safetensors(
         progress.stage("prove")
         proved = {"site": site_proof(program, measured)}
         if wants_whole(program, proof):
+            progress.stage("compare logits")
             proved["whole"] = whole_proof(program, stage.path)
         changed = [path for path, state in states(program).items() if before[path] != state]
         if changed:

@@ -152,10 +152,11 @@ def verify(
         return report
     progress.stage("rebuild")
     program = rebuild(artifact)
-    progress.stage("compare")
+    progress.stage("compare layers")
     written = Checkpoint.open(artifact.path)
     report["site"] = site_proof(program, watch_file(program, written))
     if wants_whole(program, extent):
+        progress.stage("compare logits")
         report["whole"] = whole_proof(program, artifact.path)
     return report
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +13,9 @@ from torch import nn
 from peftc.checkpoint import Checkpoint, resolve
 from peftc.constants import Constant, Held, Leaf
 from peftc.errors import CaptureError
+from peftc.outline import Outline, architecture, checkpoint_outline, outline_of
 from peftc.program import OutputFile, Program
-from peftc.sites import Site, kind_of, template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from peftc.sites import KINDS, Site, template
 
 
 def capture(source: str | Path | nn.Module) -> Program:
@@ -87,8 +84,9 @@ class ModuleSource:
         return copy.deepcopy(self.module).to(dtype=dtype)
 
     def layout(self) -> list[OutputFile]:
-        owned = {id(tensor): name for name, tensor in reversed(_state(self.module).items())}
-        return [OutputFile("model.safetensors", tuple(reversed(owned.values())), {"format": "pt"})]
+        outline = outline_of(self.module)
+        names = tuple(name for name in outline.tensors if name not in outline.aliases)
+        return [OutputFile("model.safetensors", names, {"format": "pt"})]
 
     def companions(self) -> dict[str, Path]:
         return {}
@@ -98,17 +96,16 @@ class ModuleSource:
 
 
 def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
-    """Captures an opened checkpoint: its skeleton on the meta device, its tensors as leaves."""
-    skeleton = _skeleton(checkpoint)
-    state = _state(skeleton)
-    stored = _stored_names(checkpoint, skeleton, set(state))
+    """Captures an opened checkpoint by its outline; its tensors become leaves."""
+    outline = checkpoint_outline(checkpoint)
+    stored = _stored_names(checkpoint, outline)
     constants: dict[str, Constant] = {
         fqn: Leaf(checkpoint.tensors[key]) for key, fqn in stored.items()
     }
     wrong = [
-        f"{fqn}: {list(constants[fqn].spec.shape)} instead of {list(tensor.shape)}"
-        for fqn, tensor in state.items()
-        if fqn in constants and constants[fqn].spec.shape != tuple(tensor.shape)
+        f"{fqn}: {list(constants[fqn].spec.shape)} instead of {list(shape)}"
+        for fqn, shape in outline.tensors.items()
+        if fqn in constants and constants[fqn].spec.shape != shape
     ]
     if wrong:
         raise CaptureError(
@@ -117,129 +114,55 @@ def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
             where=str(checkpoint.path),
             fix="use the config.json that belongs to these weights",
         )
-    aliases = _aliases(state)
-    for tied, owner in aliases.items():
+    for tied, owner in outline.aliases.items():
         if found := constants.get(owner) or constants.get(tied):
             constants.setdefault(owner, found)
             constants.setdefault(tied, found)
-    head = skeleton.get_output_embeddings()
-    source = CheckpointSource(checkpoint, name)
-    return _program(source, skeleton, constants, stored, aliases, head)
+    return _program(CheckpointSource(checkpoint, name), outline, constants, stored)
 
 
 def _capture_module(module: nn.Module) -> Program:
-    state = _state(module)
-    constants: dict[str, Constant] = {fqn: Held(tensor) for fqn, tensor in state.items()}
-    aliases = _aliases(state)
-    for tied, owner in aliases.items():
+    outline = outline_of(module)
+    state = module.state_dict(keep_vars=True)
+    constants: dict[str, Constant] = {fqn: Held(state[fqn]) for fqn in outline.tensors}
+    for tied, owner in outline.aliases.items():
         constants[tied] = constants[owner]
-    stored = {fqn: fqn for fqn in state}
-    output = getattr(module, "get_output_embeddings", lambda: None)()
-    return _program(ModuleSource(module), module, constants, stored, aliases, output)
+    stored = {fqn: fqn for fqn in outline.tensors}
+    return _program(ModuleSource(module), outline, constants, stored)
 
 
-def architecture(checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    """The transformers class that config.json names; code from the checkpoint is never run.
-
-    Raises:
-        CaptureError: It names none, or one that transformers does not have.
-    """
-    import transformers
-
-    names = checkpoint.config.get("architectures") or []
-    if not isinstance(names, list) or not names:
-        raise CaptureError(
-            "names no architecture",
-            where=str(checkpoint.path / "config.json"),
-            fix='add it, for instance "architectures": ["LlamaForCausalLM"]',
-        )
-    cls = getattr(transformers, str(names[0]), None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        remote = "auto_map" in checkpoint.config
-        raise CaptureError(
-            f"transformers {transformers.__version__} has no architecture {names[0]!r}"
-            + (", and code that comes with a checkpoint is not run" if remote else ""),
-            where=str(checkpoint.path / "config.json"),
-            fix="capture the live model instead: peftc.capture(model)"
-            if remote
-            else "check the name, or upgrade transformers",
-        )
-    return cls
-
-
-def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    from transformers import AutoConfig
-
-    cls = architecture(checkpoint)
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-        with torch.device("meta"):
-            return cls(config)
-    except Exception as error:  # any library code may fail on a config from outside
-        raise CaptureError(
-            f"transformers cannot build {cls.__name__} from it: {error}",
-            where=str(checkpoint.path / "config.json"),
-            fix="check the config, or upgrade transformers",
-        ) from error
-
-
-def _stored_names(
-    checkpoint: Checkpoint, skeleton: PreTrainedModel, known: set[str]
-) -> dict[str, str]:
+def _stored_names(checkpoint: Checkpoint, outline: Outline) -> dict[str, str]:
     """The live name of each stored tensor; a checkpoint may lack, or add, the base's prefix."""
-    prefix = f"{skeleton.base_model_prefix}."
     names = {}
     for key in checkpoint.tensors:
-        candidates = (key, prefix + key, key.removeprefix(prefix))
-        names[key] = next((name for name in candidates if name in known), key)
-    if not known & set(names.values()):
+        candidates = (key, outline.prefix + key, key.removeprefix(outline.prefix))
+        names[key] = next((name for name in candidates if name in outline.tensors), key)
+    if not outline.tensors.keys() & names.values():
         raise CaptureError(
-            f"none of its tensors belongs to {type(skeleton).__name__}: it holds "
-            f"{next(iter(checkpoint.tensors), 'nothing')}, and {sorted(known)[0]} is asked for",
+            f"none of its tensors belongs to its architecture: it holds "
+            f"{next(iter(checkpoint.tensors), 'nothing')}, and {min(outline.tensors)} is asked for",
             where=str(checkpoint.path),
             fix="use the config.json that belongs to these weights",
         )
     return names
 
 
-def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Every saved tensor by each of its names, tied ones twice."""
-    return {
-        name: tensor
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
-    }
-
-
-def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    owners: dict[int, str] = {}
-    aliases = {}
-    for name, tensor in state.items():
-        if (owner := owners.setdefault(id(tensor), name)) != name:
-            aliases[name] = owner
-    return aliases
-
-
 def _program(
     source: CheckpointSource | ModuleSource,
-    skeleton: nn.Module,
+    outline: Outline,
     constants: dict[str, Constant],
     stored: dict[str, str],
-    aliases: dict[str, str],
-    head: nn.Module | None,
 ) -> Program:
     sites: dict[str, Site] = {}
-    names: dict[str, nn.Module] = dict(skeleton.named_modules(remove_duplicate=False))
-    for fqn, module in names.items():
-        kind = kind_of(module)
-        if kind is None or not fqn or f"{fqn}.weight" not in constants:
+    for fqn, module in outline.modules.items():
+        wanted = ("weight", "bias") if module.bias else ("weight",)
+        # A lone module has no name to address it by; a tensor may be missing from the file.
+        if module.kind is None or not all(f"{fqn}.{name}" in constants for name in wanted):
             continue
+        kind = KINDS[module.kind]
         shape = constants[f"{fqn}.weight"].spec.shape
         out_features, in_features = reversed(shape) if kind.transposed else shape
-        bias = getattr(module, "bias", None) is not None
-        if bias and f"{fqn}.bias" not in constants:
-            continue
-        graph = template(kind, bias)
+        graph = template(kind, module.bias)
         sites[fqn] = Site(fqn, kind, graph, in_features, out_features)
     return Program(
         source,
@@ -247,7 +170,7 @@ def _program(
         constants,
         constants,
         stored,
-        aliases,
-        frozenset(names),
-        next((fqn for fqn, module in names.items() if module is head), None) if head else None,
+        outline.aliases,
+        frozenset(outline.modules),
+        outline.head,
     )

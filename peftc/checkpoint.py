@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -180,6 +181,11 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
             f"cannot be read: {error}", where=str(path), fix="download or write it again"
         ) from error
     return value
+
+
+def cache_folder() -> Path:
+    """Where peftc keeps what it can make again: `$PEFTC_CACHE`, or `~/.cache/peftc`."""
+    return Path(os.environ.get("PEFTC_CACHE") or "~/.cache/peftc").expanduser()
 
 
 def digest_bytes(data: bytes) -> str:

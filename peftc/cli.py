@@ -91,7 +91,6 @@ def _apply(
     terminal = Terminal(as_json, quiet)
     from peftc.api import apply as run
 
-    hush()
     with terminal.progress() as progress:
         artifact = run(base, passes, target, overwrite=overwrite, progress=progress)
     terminal.say(f"[green]✓[/] wrote {target}")
@@ -138,7 +137,6 @@ def export(
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     from peftc.api import export as run
 
-    hush()
     with terminal.progress() as progress:
         artifact = run(
             src, target, merge=merge, adapters=chosen, format=form, proof=proof,
@@ -171,7 +169,6 @@ def verify(path: Path, proof: Any, as_json: bool, quiet: bool) -> None:
     terminal = Terminal(as_json, quiet)
     from peftc.api import verify as run
 
-    hush()
     with terminal.progress() as progress:
         report = run(path, proof, progress)
     terminal.say(f"[green]✓[/] {report['files']} files are what was published")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import tempfile
 from pathlib import Path
 
+from peftc.checkpoint import cache_folder
 from peftc.errors import CheckpointError, MissingDependency, PeftcError
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -40,7 +40,7 @@ def demo_checkpoint(dtype: str = "float32", cache: Path | None = None) -> Path:
         raise PeftcError(
             "the demo's model comes in no such dtype", where=dtype, fix=f"use {' or '.join(DTYPES)}"
         )
-    root = cache or Path(os.environ.get("PEFTC_CACHE") or "~/.cache/peftc").expanduser()
+    root = cache or cache_folder()
     target = root / f"{MODEL}-{VERSION}-{dtype}"
     if not target.exists():
         source = _gguf_file()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -142,20 +143,68 @@ def output(graph: fx.Graph) -> fx.Node:
 def propagate(
     graph: fx.Graph, constants: Mapping[str, Spec], x: Spec | None = None
 ) -> dict[fx.Node, Spec]:
-    """Shape and dtype of every node, by running the graph on the meta device.
+    """Shape and dtype of every node.
 
     Raises:
-        RuntimeError: The shapes or dtypes do not go together (torch's own message).
+        RuntimeError: The shapes or dtypes do not go together.
     """
-    values: dict[fx.Node, torch.Tensor] = {}
+    specs: dict[fx.Node, Spec] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             assert x is not None
-            values[node] = x.meta()
+            specs[node] = x
         elif node.op == "get_attr":
-            values[node] = constants[str(node.target)].meta()
+            specs[node] = constants[str(node.target)]
+        elif node.op == "call_module":  # dropout, the one module in the vocabulary
+            specs[node] = specs[node.args[0]]
         elif node.op != "output":
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            # Dropout, the one module in the vocabulary, keeps shape and dtype.
-            values[node] = args[0] if node.op == "call_module" else node.target(*args)
-    return {node: Spec(tuple(v.shape), v.dtype) for node, v in values.items()}
+            args = tuple(specs[a] if isinstance(a, fx.Node) else a for a in node.args)
+            rule = _RULES.get(node.target)
+            specs[node] = (rule(*args) if rule else None) or _by_meta(node.target, args)
+    return specs
+
+
+def _by_meta(target: Callable[..., Any], args: tuple[Any, ...]) -> Spec:
+    """What torch says of any operator. Its first use imports much of torch, a second's worth."""
+    result = target(*(a.meta() if isinstance(a, Spec) else a for a in args))
+    return Spec(tuple(result.shape), result.dtype)
+
+
+def _linear_spec(x: Spec, weight: Spec, bias: Spec | None = None) -> Spec | None:
+    given = (x, weight) if bias is None else (x, weight, bias)
+    fits = x.shape and len(weight.shape) == 2 and x.shape[-1] == weight.shape[1]
+    if not fits or len({spec.dtype for spec in given}) > 1:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    return Spec((*x.shape[:-1], weight.shape[0]), x.dtype)
+
+
+def _mm_spec(a: Spec, b: Spec) -> Spec | None:
+    if len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype:
+        return Spec((a.shape[0], b.shape[1]), a.dtype)
+    return None
+
+
+def _pointwise_spec(a: Spec, b: Spec | float) -> Spec | None:
+    if not isinstance(b, Spec):
+        return a if a.dtype.is_floating_point else None
+    if not a.shape or not b.shape:
+        return None
+    try:
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        return Spec(shape, torch.promote_types(a.dtype, b.dtype))
+    except ValueError:
+        return None
+
+
+# The vocabulary's commonest operators, where operands are as they should be; torch judges the rest.
+_RULES: dict[Any, Callable[..., Spec | None]] = {
+    aten.linear.default: _linear_spec,
+    aten.mm.default: _mm_spec,
+    aten.t.default: lambda a: Spec(a.shape[::-1], a.dtype) if len(a.shape) <= 2 else None,
+    aten.add.Tensor: _pointwise_spec,
+    aten.sub.Tensor: _pointwise_spec,
+    aten.mul.Tensor: _pointwise_spec,
+    aten.type_as.default: lambda a, b: Spec(a.shape, b.dtype),
+}

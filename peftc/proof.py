@@ -18,17 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftc.capturing import CheckpointSource, architecture
+from peftc.capturing import CheckpointSource
 from peftc.checkpoint import Checkpoint
 from peftc.constants import Leaf
 from peftc.errors import ProofError
 from peftc.evaluate import Evaluation, chunks, read, value
 from peftc.link import Watcher
 from peftc.live import materialize
+from peftc.outline import architecture
 from peftc.program import Program
 
 Extent = Literal["auto", "sites", "whole"]
-SAMPLES = 4
+SAMPLES = 1  # of random input to a site: any wrong weight shows in any Gaussian sample
 SITE_BOUND = {torch.float32: 1e-5}  # other dtypes: one spacing of the dtype, finfo.eps
 WHOLE_BOUND = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 AUTO_BYTES = 1 << 30  # the fp32 size up to which `auto` compares whole models

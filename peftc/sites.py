@@ -30,6 +30,7 @@ class Kind:
 
 LINEAR = Kind("linear", transposed=False)
 CONV1D = Kind("conv1d", transposed=True)
+KINDS = {kind.name: kind for kind in (LINEAR, CONV1D)}
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -113,6 +113,8 @@ class _Shown(Progress):
 
     def stage(self, name: str, total: int = 0) -> None:
         self.stop()
+        if name == "compare logits":
+            hush()
         if not total:
             self.terminal.say(f"[dim]…[/] {name}")
             return
@@ -143,13 +145,11 @@ class _Shown(Progress):
 
 def hush() -> None:
     """Silences the libraries' own bars and advice, which would break into ours."""
-    import logging
     import warnings
 
-    from transformers.utils import logging as chatter
+    from transformers.utils import logging
 
-    chatter.disable_progress_bar()
-    chatter.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

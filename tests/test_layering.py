@@ -17,7 +17,7 @@ ROOMS = ("kernels", "passes", "exporters")
 ORDER = [
     "errors", "progress", "safetensors_file", "checkpoint", "graphs", "constants", "evaluate",
     "sites", "program", "targets", "contract", "adapter", "registry", "algebra", "pipeline",
-    "capturing", "artifact", "link", "live", "proof", "kernels", "passes", "exporters", "recipe",
+    "outline", "capturing", "artifact", "link", "live", "proof", "kernels", "passes", "exporters", "recipe",
     "api", "terminal", "inspection", "demo_model", "demo", "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [

@@ -1,0 +1,159 @@
+"""Outlines: what a model is made of, without its weights, and remembered between runs.
+
+Building a transformers model on the meta device is quick; importing what builds it takes seconds.
+So the outline of a configuration is kept in the cache, under a key of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from peftc.checkpoint import Checkpoint, cache_folder, digest_bytes
+from peftc.errors import CaptureError
+from peftc.sites import kind_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1  # of a cached outline
+
+
+class Module(NamedTuple):
+    """The kind of a module, if it can be a site, and whether it has a bias."""
+
+    kind: str | None
+    bias: bool
+
+
+class Outline(BaseModel):
+    """A model's skeleton as plain data.
+
+    Attributes:
+        modules: Every module by its name.
+        tensors: The shape of every saved tensor by its name, tied ones by each of theirs.
+        aliases: For each tied tensor, the name of the one that it shares memory with.
+        prefix: What a headless checkpoint's names lack.
+        head: The name of the output head.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    modules: dict[str, Module]
+    tensors: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+    prefix: str
+    head: str | None
+
+
+def outline_of(module: nn.Module) -> Outline:
+    """The outline of a live module, or of one on the meta device."""
+    state = {
+        name: tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    modules = dict(module.named_modules(remove_duplicate=False))
+    kinds = {fqn: kind_of(found) for fqn, found in modules.items()}
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    prefix = getattr(module, "base_model_prefix", "")
+    return Outline(
+        modules={
+            fqn: Module(
+                kind.name if (kind := kinds[fqn]) and fqn else None,
+                getattr(found, "bias", None) is not None,
+            )
+            for fqn, found in modules.items()
+        },
+        tensors={name: tuple(tensor.shape) for name, tensor in state.items()},
+        aliases=_aliases(state),
+        prefix=f"{prefix}." if prefix else "",
+        head=next(
+            (fqn for fqn, found in modules.items() if head is not None and found is head), None
+        ),
+    )
+
+
+def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
+    """The outline of a checkpoint's architecture, from the cache where it is known.
+
+    Raises:
+        CaptureError: transformers has no such architecture, or cannot build it.
+    """
+    config = (checkpoint.path / "config.json").read_bytes()
+    parts = [str(FORMAT), *(version(name) for name in ("torch", "transformers"))]
+    key = digest_bytes("|".join(parts).encode() + config)
+    path = cache_folder() / "outlines" / f"{key}.json"
+    try:
+        return Outline.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        outline = outline_of(_skeleton(checkpoint))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".{os.getpid()}")
+        staged.write_text(outline.model_dump_json())
+        staged.replace(path)
+    except OSError:
+        pass  # without a cache every run takes as long as the first
+    return outline
+
+
+def architecture(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """The transformers class that config.json names; code from the checkpoint is never run.
+
+    Raises:
+        CaptureError: It names none, or one that transformers does not have.
+    """
+    import transformers
+
+    names = checkpoint.config.get("architectures") or []
+    if not isinstance(names, list) or not names:
+        raise CaptureError(
+            "names no architecture",
+            where=str(checkpoint.path / "config.json"),
+            fix='add it, for instance "architectures": ["LlamaForCausalLM"]',
+        )
+    cls = getattr(transformers, str(names[0]), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        remote = "auto_map" in checkpoint.config
+        raise CaptureError(
+            f"transformers {transformers.__version__} has no architecture {names[0]!r}"
+            + (", and code that comes with a checkpoint is not run" if remote else ""),
+            where=str(checkpoint.path / "config.json"),
+            fix="capture the live model instead: peftc.capture(model)"
+            if remote
+            else "check the name, or upgrade transformers",
+        )
+    return cls
+
+
+def _skeleton(checkpoint: Checkpoint) -> nn.Module:
+    from transformers import AutoConfig
+
+    cls = architecture(checkpoint)
+    try:
+        config: Any = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        with torch.device("meta"):
+            model: nn.Module = cls(config)
+            return model
+    except Exception as error:  # any library code may fail on a config from outside
+        raise CaptureError(
+            f"transformers cannot build {cls.__name__} from it: {error}",
+            where=str(checkpoint.path / "config.json"),
+            fix="check the config, or upgrade transformers",
+        ) from error
+
+
+def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    owners: dict[int, str] = {}
+    aliases = {}
+    for name, tensor in state.items():
+        if (owner := owners.setdefault(id(tensor), name)) != name:
+            aliases[name] = owner
+    return aliases
