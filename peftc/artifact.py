@@ -19,7 +19,6 @@ from peftc.errors import ArtifactError, PeftcError, raise_all
 
 MANIFEST = "peftc.json"
 SCHEMA = 1
-_LOCK, _DONE = ".lock", ".done.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,23 +34,30 @@ class Staging:
 
     What is finished is written down, with what was measured of it, so that a run that was killed
     goes on from there. A run with another key starts afresh.
+
+    Args:
+        root: Holds the tree, which becomes the artifact, and the log of what is finished.
+        target: The artifact's directory.
+        key: What the work depends on.
     """
 
-    def __init__(self, path: Path, target: Path, key: str) -> None:
-        self.path, self.target = path, target
+    def __init__(self, root: Path, target: Path, key: str) -> None:
+        self.path, self.target = root / "tree", target
         self.files: dict[str, Sealed] = {}
         self.notes: dict[str, Any] = {}
-        self._log = path / _DONE
+        self._log = root / "done.jsonl"
         lines = _lines(self._log)
         if not lines or lines[0] != {"key": key}:
             lines = [{"key": key}]
-            for item in path.iterdir():
-                if item.name != _LOCK:
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+            if self.path.exists():
+                shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
         # Written anew, for a kill may have cut its last line off.
-        self._log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        fresh = root / "done.new"
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        fresh.replace(self._log)
         for line in lines[1:]:
-            file = path / line["file"]
+            file = self.path / line["file"]
             if file.exists() and file.stat().st_size == line["size"]:
                 self.files[line["file"]] = Sealed(line["size"], line["sha256"])
                 self.notes[line["file"]] = line["note"]
@@ -74,11 +80,10 @@ class Staging:
 
     def publish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest and renames the directory to its target."""
-        files = {name: vars(self.files[name]) for name in sorted(self.files)}
+        names = sorted(self.files.keys() - {MANIFEST})  # an earlier run may have written one
+        files = {name: vars(self.files[name]) for name in names}
         text = json.dumps({**manifest, "files": files}, indent=2) + "\n"
         self.add(MANIFEST, text.encode())
-        self._log.unlink()
-        (self.path / _LOCK).unlink()
         for folder in {self.path, *(self.path / name for name in files)}:
             fsync_folder(folder if folder.is_dir() else folder.parent)
         previous = self.target.parent / f".{self.target.name}.peftc-previous"
@@ -88,6 +93,7 @@ class Staging:
         self.path.replace(self.target)
         fsync_folder(self.target.parent)
         shutil.rmtree(previous, ignore_errors=True)
+        shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._log.open("a") as log:
@@ -115,10 +121,10 @@ def staging(
     """
     raise_all(_obstacles(target, need, sources, overwrite))
     target = target.absolute()
-    path = target.parent / f".{target.name}.peftc-staging"
+    root = target.parent / f".{target.name}.peftc-staging"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("w")
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / "lock").open("w")
     except OSError as error:
         raise ArtifactError(f"cannot be written: {error.strerror}", where=str(target)) from error
     with lock:
@@ -129,16 +135,16 @@ def staging(
                 "another run of peftc is writing it", where=str(target), fix="wait for it to end"
             ) from error
         try:
-            yield Staging(path, target, key)
+            yield Staging(root, target, key)
         except OSError as error:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(root, ignore_errors=True)
             raise ArtifactError(
                 f"could not be written: {error.strerror or error}",
                 where=str(target),
                 fix="make room on the disk, or choose another place",
             ) from error
         except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(root, ignore_errors=True)
             raise
 
 

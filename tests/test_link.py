@@ -168,15 +168,15 @@ def attempt(kill_after):
     return os.waitpid(child, 0)[1]
 
 def sealed():
-    log = staged / ".done.jsonl"
+    log = staged / "done.jsonl"
     lines = []
     for text in log.read_text().splitlines() if log.exists() else []:
         try:
             lines.append(json.loads(text))
         except ValueError:
             break
-    return {l["file"]: (staged / l["file"]).stat().st_mtime_ns for l in lines[1:]
-            if l["file"].startswith("model-")}
+    return {l["file"]: (staged / "tree" / l["file"]).stat().st_mtime_ns for l in lines[1:]
+            if l["file"].startswith("model-") and (staged / "tree" / l["file"]).exists()}
 
 assert attempt(None) == 0
 shutil.rmtree(out)
@@ -207,7 +207,8 @@ if not out.exists():
     assert attempt(None) == 0
     now = {f.name: f.stat().st_mtime_ns for f in out.glob("model-*.safetensors")}
     assert before.items() <= now.items()
-assert Artifact.open(out).manifest["files"] == hashes and not staged.exists()
+assert Artifact.open(out).manifest["files"] == hashes
+assert not (staged / "tree").exists()
 print(json.dumps({"killed": killed, "attempts": attempts, "resumed": resumed, "seconds": whole}))
 """
 
@@ -244,10 +245,10 @@ def test_sealed_file_of_another_size_is_written_again(tmp_path: Path) -> None:
     stage = Staging(path, tmp_path / "out", "key")
     stage.add("a", b"123")
     stage.add("b", b"456")
-    (path / "b").write_bytes(b"4")
-    with (path / ".done.jsonl").open("a") as log:
+    (path / "tree" / "b").write_bytes(b"4")
+    with (path / "done.jsonl").open("a") as log:
         log.write('{"file": "c", "si')  # cut off by a kill
     again = Staging(path, tmp_path / "out", "key")
     assert set(again.files) == {"a"}
     assert Staging(path, tmp_path / "out", "other key").files == {}
-    assert not (path / "a").exists()
+    assert not (path / "tree" / "a").exists()
