@@ -46,21 +46,24 @@ class Staging:
         self.files: dict[str, Sealed] = {}
         self.notes: dict[str, Any] = {}
         self._log = root / "done.jsonl"
-        lines = _lines(self._log)
-        if not lines or lines[0] != {"key": key}:
-            lines = [{"key": key}]
+        first, *rest = _lines(self._log) or [{}]
+        if first != {"key": key}:
+            rest = []
             if self.path.exists():
                 shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
-        # Written anew, for a kill may have cut its last line off.
+        # Only what is there stays in the log: a file that is written anew must not look finished.
+        sealed = [line for line in rest if self._is_whole(line)]
         fresh = root / "done.new"
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in ({"key": key}, *sealed)))
         fresh.replace(self._log)
-        for line in lines[1:]:
-            file = self.path / line["file"]
-            if file.exists() and file.stat().st_size == line["size"]:
-                self.files[line["file"]] = Sealed(line["size"], line["sha256"])
-                self.notes[line["file"]] = line["note"]
+        for line in sealed:
+            self.files[line["file"]] = Sealed(line["size"], line["sha256"])
+            self.notes[line["file"]] = line["note"]
+
+    def _is_whole(self, line: Mapping[str, Any]) -> bool:
+        file = self.path / line["file"]
+        return file.is_file() and file.stat().st_size == line["size"]
 
     def seal(self, name: str, sha256: str, note: Any = None) -> None:
         """Writes down that a file is complete; its bytes must be on the disk."""

@@ -250,5 +250,8 @@ def test_sealed_file_of_another_size_is_written_again(tmp_path: Path) -> None:
         log.write('{"file": "c", "si')  # cut off by a kill
     again = Staging(path, tmp_path / "out", "key")
     assert set(again.files) == {"a"}
+    # Now `b` is being written anew, at its full size from the start, and the run is killed.
+    (path / "tree" / "b").write_bytes(b"\0\0\0")
+    assert set(Staging(path, tmp_path / "out", "key").files) == {"a"}
     assert Staging(path, tmp_path / "out", "other key").files == {}
     assert not (path / "tree" / "a").exists()
