@@ -33,9 +33,8 @@ def contexts(
     command: click.Command, parent: click.Context | None, name: str
 ) -> Iterator[click.Context]:
     """A command's context and those of its subcommands."""
-    ctx = command.context_class(
-        command, info_name=name, parent=parent, terminal_width=96, max_content_width=96
-    )
+    settings = {**command.context_settings, "terminal_width": 96, "max_content_width": 96}
+    ctx = command.context_class(command, info_name=name, parent=parent, **settings)
     yield ctx
     if isinstance(command, click.Group):
         for sub in command.list_commands(ctx):

@@ -48,9 +48,7 @@ def to_peft(
             fix=did_you_mean(name, program.adapters) if program.adapters else "attach one first",
         )
     found = program.adapters[name]
-    need = sum(
-        len(value(program.constants[fqn]).untyped_storage()) for fqn in found.tensors.values()
-    )
+    need = sum(program.constants[fqn].spec.nbytes for fqn in found.tensors.values())
     key = key_of(program.fingerprint, name)
     with staging(
         Path(target), key=key, need=need, sources=folders(program), overwrite=overwrite

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, ValidationError
 
 from peftc.contract import AdapterName, Effect, Method, Pass, PassResult, Place, safe_name
-from peftc.errors import AdapterError, PassError, PeftcError, Violations, did_you_mean, raise_all
+from peftc.errors import (
+    AdapterError,
+    PassError,
+    PeftcError,
+    Violations,
+    did_you_mean,
+    located,
+    raise_all,
+)
 from peftc.registry import method_for
 from peftc.targets import unbound_patterns
 
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 _SHOWN = 5  # how many of many alike errors are spelled out
+_SAVE = "save the adapter again, from the model it was trained in"
 
 
 class Attach(Pass):
@@ -52,7 +61,7 @@ class Attach(Pass):
                     fix="give this one another name: adapter=…",
                 )
             )
-        return errors
+        return located(errors, self.path)
 
     def run(self, program: Program) -> PassResult:
         return PassResult(
@@ -63,7 +72,11 @@ class Attach(Pass):
         """The adapter's name in this program."""
         if self.adapter:
             return self.adapter
-        return safe_name(Path(self.path).name) if program.adapters else "default"
+        name = safe_name(Path(self.path).name) if program.adapters else "default"
+        taken, number = name, 2
+        while name in program.adapters:
+            name, number = f"{taken}-{number}", number + 1
+        return name
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,8 @@ def _sort(
         site, suffix = _owner(program, path)
         if path == key:
             strays.append(key)
+        elif ".base_layer." in path and _same(program, path.replace(".base_layer.", "."), leaf):
+            continue  # PEFT saves the base's own weight of an adapted head or embedding
         elif path.replace(".base_layer.", ".") in program.constants:
             loose[key] = leaf
         elif site is None:
@@ -134,7 +149,7 @@ def _sort(
             given.setdefault(site, {})[local_name(suffix, name)] = leaf
     errors: list[PeftcError] = []
     if not directory.file.tensors:
-        errors.append(AdapterError("holds no tensors", where=str(directory.file.path)))
+        errors.append(AdapterError("holds no tensors", where=str(directory.file.path), fix=_SAVE))
     if strays and not given:
         errors.append(
             AdapterError(
@@ -156,8 +171,21 @@ def _sort(
             )
         )
     if len(strays) > _SHOWN:
-        errors.append(AdapterError(f"and {len(strays) - _SHOWN} tensors more bind to no site"))
+        errors.append(
+            AdapterError(
+                f"{len(strays) - _SHOWN} tensors more bind to no site",
+                where=str(directory.file.path),
+                fix="mend those named above first",
+            )
+        )
     return given, loose, errors
+
+
+def _same(program: Program, fqn: str, leaf: Constant) -> bool:
+    from peftc.evaluate import value
+
+    own = program.constants.get(fqn)
+    return own is not None and own.spec == leaf.spec and bool(value(own).equal(value(leaf)))
 
 
 def _owner(program: Program, path: str) -> tuple[str | None, str]:
@@ -205,14 +233,23 @@ def _biases(
     found = {key.replace(".base_layer.", "."): leaf for key, leaf in loose.items()}
     errors: list[PeftcError] = []
     errors += [
-        AdapterError(f"tensor {key} replaces a weight that its config does not train", where=where)
+        AdapterError(
+            f"tensor {key} replaces a weight that its config does not train", where=where, fix=_SAVE
+        )
         for key in sorted(set(found) - set(wanted))
-    ] + [AdapterError(f"lacks the trained bias {key}", where=where)
+    ] + [AdapterError(f"lacks the trained bias {key}", where=where, fix=_SAVE)
          for key in sorted(set(wanted) - set(found))]  # fmt: skip
     for key, leaf in found.items():
         fqn = wanted.get(key)
         if fqn and leaf.spec.shape != program.constants[fqn].spec.shape:
-            errors.append(AdapterError(f"{key} has shape {list(leaf.spec.shape)}", where=where))
+            want = list(program.constants[fqn].spec.shape)
+            errors.append(
+                AdapterError(
+                    f"{key} has shape {list(leaf.spec.shape)}, the model's has {want}",
+                    where=where,
+                    fix="use the adapter with the model it was trained on",
+                )
+            )
     if found and weight != 1:
         errors.append(
             AdapterError(
@@ -228,5 +265,7 @@ def _biases(
 def _brief(found: Violations) -> PeftcError:
     shown = list(found.errors[:_SHOWN])
     if (more := len(found.errors) - len(shown)) > 0:
-        shown.append(AdapterError(f"and {more} errors more of this kind"))
+        shown.append(
+            AdapterError(f"{more} errors more of this kind", fix="mend those named above first")
+        )
     return Violations(shown)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from peftc.contract import Method
 from peftc.errors import AdapterError, PassError, PeftcError
-from peftc.targets import pattern_key, unbound_patterns
+from peftc.targets import Pattern, pattern_key, unbound_patterns
 
 if TYPE_CHECKING:
     from peftc.program import Program
@@ -52,8 +52,12 @@ class Lora(Method):
         "kaiming",
         description="A's start: uniform (Kaiming, a = √5) or normal with deviation 1/rank",
     )
-    rank_pattern: dict[str, int] = Field({}, description="ranks by module: q_proj=32")
-    alpha_pattern: dict[str, float] = Field({}, description="alphas by module: q_proj=64")
+    rank_pattern: dict[Pattern, Annotated[int, Field(gt=0)]] = Field(
+        {}, description="ranks by module: q_proj=32"
+    )
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {}, description="alphas by module: q_proj=64"
+    )
 
     def inject(self, site: SiteEditor) -> None:
         rank = self.rank_at(site.site.fqn)
@@ -90,11 +94,6 @@ class Lora(Method):
         chosen, _ = self.pick(program)
         errors += unbound_patterns("rank pattern", self.rank_pattern, chosen)
         errors += unbound_patterns("alpha pattern", self.alpha_pattern, chosen)
-        for key, value in [*self.rank_pattern.items(), *self.alpha_pattern.items()]:
-            if not (math.isfinite(value) and value > 0):
-                errors.append(
-                    PassError(f"pattern {key!r} gives {value}", fix="give a positive one")
-                )
         for fqn in chosen:
             site = program.sites[fqn]
             smaller = min(site.in_features, site.out_features)

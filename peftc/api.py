@@ -73,10 +73,10 @@ def _load_applied(artifact: Artifact, progress: Progress) -> Program:
             fix="restore it, or run apply again",
         )
     attach = [
-        Attach(path=str(artifact.path / folder), adapter=name)
+        ("attach", {"path": str(artifact.path / folder), "adapter": name})
         for name, folder in content["adapters"].items()
     ]
-    return Pipeline(attach).run(program, progress)
+    return Pipeline(build(attach, str(artifact.path / MANIFEST))).run(program, progress)
 
 
 def apply(
@@ -106,6 +106,7 @@ def apply(
     if not (names or rewritten):
         raise ArtifactError("the passes changed nothing", fix="add a pass, such as lora")
     need = sum(shard.size for shard in plan(program)) if rewritten else 0
+    need += sum(program.constants[fqn].spec.nbytes for fqn in trained)
     key = key_of(program.fingerprint, states(program), "apply")
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
@@ -147,6 +148,10 @@ def verify(
     report: dict[str, Any] = {"files": len(artifact.manifest["files"])}
     if artifact.manifest["kind"] == "apply":
         program = load(artifact.path)
+        if (artifact.path / "base").is_dir():
+            built = rebuild(artifact)
+            written = Checkpoint.open(artifact.path / "base")
+            report["site"] = site_proof(built, watch_file(built, written))
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
     if artifact.manifest["kind"] != "model":
         return report
@@ -219,8 +224,8 @@ def export(
             failed.
     """
     program = load(source, progress)
-    steps: list[Pass] = [Attach(path=path, weight=weight) for path, weight in adapters]
-    program = Pipeline(steps).run(program, progress)
+    steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
+    program = Pipeline(build(steps, "--adapter")).run(program, progress)
     if merge:
         if not program.adapters:
             raise ArtifactError(

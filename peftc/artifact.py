@@ -18,6 +18,7 @@ from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, PeftcError, raise_all
 
 MANIFEST = "peftc.json"
+KINDS = ("apply", "model", "adapter")
 SCHEMA = 1
 
 
@@ -63,7 +64,7 @@ class Staging:
 
     def _is_whole(self, line: Mapping[str, Any]) -> bool:
         file = self.path / line["file"]
-        return file.is_file() and file.stat().st_size == line["size"]
+        return file.is_file() and bool(file.stat().st_size == line["size"])
 
     def seal(self, name: str, sha256: str, note: Any = None) -> None:
         """Writes down that a file is complete; its bytes must be on the disk."""
@@ -125,11 +126,19 @@ def staging(
     raise_all(_obstacles(target, need, sources, overwrite))
     target = target.absolute()
     root = target.parent / f".{target.name}.peftc-staging"
+    if root.is_symlink():
+        raise ArtifactError(
+            "is a link, and what it leads to is not touched", where=str(root), fix="remove the link"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / "lock").open("w")
     except OSError as error:
-        raise ArtifactError(f"cannot be written: {error.strerror}", where=str(target)) from error
+        raise ArtifactError(
+            f"cannot be written: {error.strerror}",
+            where=str(target),
+            fix="choose a place where you may write",
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,16 +160,26 @@ def staging(
             raise
 
 
+def _is_ours(target: Path) -> bool:
+    """Whether a directory is empty, or holds an artifact of peftc."""
+    if target.is_dir() and not any(target.iterdir()):
+        return True
+    try:
+        Artifact.open(target)
+    except PeftcError:
+        return False
+    return True
+
+
 def _obstacles(target: Path, need: int, sources: list[Path], overwrite: bool) -> list[PeftcError]:
     errors: list[PeftcError] = []
     where, real = str(target), target.resolve()
     if target.exists() or target.is_symlink():
-        ours = (target / MANIFEST).is_file() or (target.is_dir() and not any(target.iterdir()))
         if not overwrite:
             errors.append(
                 ArtifactError("exists already", where=where, fix="choose another, or --overwrite")
             )
-        elif not ours or target.is_symlink():
+        elif target.is_symlink() or not _is_ours(target):
             errors.append(
                 ArtifactError(
                     f"is not an artifact of peftc (it has no {MANIFEST}), and is not overwritten",
@@ -216,6 +235,14 @@ class Artifact:
                 f"has schema {manifest.get('peftc')!r}, and this peftc reads {SCHEMA}",
                 where=str(path / MANIFEST),
                 fix="write the artifact again with this version",
+            )
+        source, adapters = manifest.get("source"), manifest.get("adapters", {})
+        named = isinstance(source, dict) and ("path" in source or "module" in source)
+        if not (named and isinstance(adapters, dict) and manifest.get("kind") in KINDS):
+            raise ArtifactError(
+                "is damaged: its kind, source or adapters are not as peftc writes them",
+                where=str(path / MANIFEST),
+                fix="write the artifact again",
             )
         return cls(path, manifest)
 

@@ -80,8 +80,8 @@ class ModuleSource:
         return (type(self.module).__name__,)
 
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
-        """A copy of the module."""
-        return copy.deepcopy(self.module).to(dtype=dtype)
+        """A copy of the module, in eval mode."""
+        return copy.deepcopy(self.module).to(dtype=dtype).eval()
 
     def layout(self) -> list[OutputFile]:
         outline = outline_of(self.module)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MAX_JSON = 64 << 20
+PAGES = 64  # of each weight file, sampled to tell whether it is still the same
 # What a directory that transformers loads may hold beside its weights, and an export carries over.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -62,7 +64,11 @@ class Checkpoint:
         raise_all(errors)
         found = {name: file.path.name for file in files for name in file.tensors}
         if sum(len(file.tensors) for file in files) != len(found):
-            raise CheckpointError("two shards hold the same tensor", where=str(root / INDEX))
+            raise CheckpointError(
+                "two shards hold the same tensor",
+                where=str(root / INDEX),
+                fix="download the index and its shards again, from one revision",
+            )
         strays = [n for n, shard in (weight_map or {}).items() if found.get(n) != shard]
         if strays:
             raise CheckpointError(
@@ -98,12 +104,12 @@ class Checkpoint:
         return dict(sorted(found.items()))
 
     def pin(self) -> dict[str, Any]:
-        """What identifies these weights without reading them: sizes and hashes of the headers."""
+        """What identifies these weights without reading them whole: sizes, headers, some pages."""
         return {
             "path": str(self.path.resolve()),
             "config": digest_bytes((self.path / "config.json").read_bytes()),
             "files": {
-                file.path.name: {"size": file.size, "header": _header_digest(file)}
+                file.path.name: {"size": file.size, "sample": _sampled_digest(file)}
                 for file in self.files
             },
         }
@@ -116,7 +122,13 @@ def resolve(source: str | Path) -> Path:
         CheckpointError: Neither exists, or the hub cannot be reached and its cache lacks the model.
     """
     path = Path(source)
-    if path.exists() or not HUB_ID.fullmatch(str(source)):
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read: {error.strerror}", where=str(source), fix="check the path"
+        ) from error
+    if there or not HUB_ID.fullmatch(str(source)):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -145,12 +157,11 @@ def contained(root: Path, name: str) -> Path:
             fix="do not use this checkpoint: a shard name must not lead out of its folder",
         )
     path = root / name
-    if not path.exists():
-        raise CheckpointError(
-            "is named by the index but missing", where=str(path), fix="download the missing file"
-        )
+    if not os.path.exists(path):  # noqa: PTH110  (Path.exists raises on names that are too long)
+        raise CheckpointError("is missing", where=str(path), fix="download the missing file")
     real, home = path.resolve(), root.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    snapshot = next((p for p in (home, *home.parents) if p.parent.name == "snapshots"), None)
+    blobs = snapshot.parent.parent / "blobs" if snapshot else home
     if real.parent not in (home, blobs):
         raise CheckpointError(
             f"is a link out of its folder, to {real}",
@@ -193,10 +204,15 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _header_digest(file: SafetensorsFile) -> str:
+def _sampled_digest(file: SafetensorsFile) -> str:
+    """A hash of the header and of pages spread over the tensors: quick, and seldom deceived."""
     with file.path.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        return digest_bytes(handle.read(length))
+        sample = [handle.read(length)]
+        for i in range(PAGES):
+            handle.seek(8 + length + (file.size - 8 - length) * i // PAGES)
+            sample.append(handle.read(4096))
+        return digest_bytes(b"".join(sample))
 
 
 def _shards(root: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str, str] | None]:
@@ -216,12 +232,17 @@ def _shards(root: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str,
         file.name for file in root.glob("*.pt*")
     )
     if pickles:
-        cls = (config.get("architectures") or ["AutoModel"])[0]
+        names = config.get("architectures")
+        cls = names[0] if isinstance(names, list) and names else "AutoModel"
+        cls = cls if isinstance(cls, str) and cls.isidentifier() else "AutoModel"
+        code = (
+            f"from transformers import {cls}; {cls}.from_pretrained({str(root)!r})"
+            f".save_pretrained({str(root) + '-safetensors'!r})"
+        )
         raise CheckpointError(
             f"holds only pickled weights ({pickles[0]}), which run code when opened",
             where=str(root),
-            fix=f'convert it once, if you trust it: python -c "from transformers import {cls}; '
-            f"{cls}.from_pretrained('{root}').save_pretrained('{root}-safetensors')\"",
+            fix=f"convert it once, if you trust it: python -c {shlex.quote(code)}",
         )
     raise CheckpointError(
         f"holds no weights: neither {SINGLE} nor {INDEX}",

@@ -93,7 +93,7 @@ def _apply(
 
     with terminal.progress() as progress:
         artifact = run(base, passes, target, overwrite=overwrite, progress=progress)
-    terminal.say(f"[green]✓[/] wrote {target}")
+    terminal.wrote(target)
     terminal.data({"path": str(target), **artifact.manifest})
 
 
@@ -143,7 +143,7 @@ def export(
             overwrite=overwrite, workers=workers, progress=progress,
         )  # fmt: skip
     _say_proof(terminal, artifact.manifest.get("proof", {}))
-    terminal.say(f"[green]✓[/] wrote {target}")
+    terminal.wrote(target)
     terminal.data({"path": str(target), **artifact.manifest})
 
 

@@ -4,15 +4,45 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from peftc import registry
-from peftc.contract import Pass
-from peftc.errors import PassError
+from peftc.errors import PassError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from peftc.contract import Pass
+
+
+def _options_first(command: click.Command, args: list[str]) -> list[str]:
+    """The command's options moved before its one argument."""
+    valued = {o for p in command.params if isinstance(p, click.Option) and not p.is_flag
+              for o in p.opts}  # fmt: skip
+    wanted = sum(isinstance(p, click.Argument) for p in command.params)
+    options: list[str] = []
+    positional: list[str] = []
+    end = 0
+    while end < len(args):
+        if args[end].startswith("-"):
+            step = 2 if args[end] in valued else 1
+            options += args[end : end + step]
+            end += step
+        elif len(positional) < wanted:
+            positional.append(args[end])
+            end += 1
+        else:
+            break
+    return [*options, *positional, *args[end:]]
+
+
+class _PassCommand(click.Command):
+    """A pass as a command, whose options may stand behind its argument."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _options_first(self, args))
 
 
 class PassGroup(click.Group):
@@ -20,14 +50,15 @@ class PassGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Lets the group's options stand behind its argument: `apply BASE -o OUT PASS …`."""
-        valued = {o for p in self.params if isinstance(p, click.Option) and not p.is_flag
-                  for o in p.opts}  # fmt: skip
-        end = 1
-        while end < len(args) and args[end].startswith("-"):
-            end += 2 if args[end] in valued else 1
-        if args and not args[0].startswith("-"):
-            args = [*args[1:end], args[0], *args[end:]]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, _options_first(self, args))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in registry.PASSES and not args[0].startswith("-"):
+            near = did_you_mean(args[0], registry.PASSES)
+            raise click.UsageError(f"There is no pass {args[0]!r}: {near}", ctx)
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(registry.PASSES)
@@ -36,7 +67,7 @@ class PassGroup(click.Group):
         if name not in registry.PASSES:
             return None
         cls = registry.load(name)
-        return click.Command(
+        return _PassCommand(
             name,
             params=[_parameter(cls, field, info) for field, info in cls.model_fields.items()],
             callback=lambda **options: (name, _given(cls, options)),
@@ -78,8 +109,9 @@ def _parameter(cls: type[Pass], name: str, info: FieldInfo) -> click.Parameter:
         return click.Argument([name])
     kind = _plain(info)
     flag = f"--{name.replace('_', '-')}"
-    default = None if info.default is PydanticUndefined else info.default
-    shown = "" if default in (None, {}, False) else f"  [default: {default}]"
+    default = None if info.is_required() else info.default
+    untold = default is None or default is False or default == {}
+    shown = "" if untold else f"  [default: {default}]"
     text = (info.description or "") + shown
     if kind is bool:
         return click.Option([f"{flag}/--no-{name.replace('_', '-')}"], default=None, help=text)

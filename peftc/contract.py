@@ -60,8 +60,11 @@ class Pass(BaseModel, ABC):
 
 def _absolute(value: Any) -> Any:
     """A path that is there, made absolute, so that a journal holds wherever it is read."""
-    path = Path(value).expanduser() if isinstance(value, (str, Path)) else None
-    return str(path.absolute()) if path and path.exists() else value
+    try:
+        path = Path(value).expanduser() if isinstance(value, (str, Path)) else None
+        return str(path.absolute()) if path and path.exists() else value
+    except (OSError, RuntimeError):
+        return value
 
 
 Place = Annotated[str, BeforeValidator(_absolute)]

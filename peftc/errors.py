@@ -87,6 +87,13 @@ class Violations(PeftcError):
         return "\n".join(f"{i}. {error}" for i, error in enumerate(self.errors, 1))
 
 
+def located(errors: Sequence[PeftcError], where: str) -> list[PeftcError]:
+    """The errors; those that name no place of their own get this one."""
+    for error in errors:
+        error.where = error.where or where
+    return list(errors)
+
+
 def raise_all(errors: Sequence[PeftcError]) -> None:
     """Raises nothing, the one error, or all of them as `Violations`."""
     if len(errors) == 1:

@@ -7,6 +7,7 @@ whatever is worked out for one graph is worked out for all sites that share it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ class Spec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor's values in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def meta(self) -> torch.Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")

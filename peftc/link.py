@@ -153,8 +153,7 @@ def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
     table: dict[str, Any] = {}
     position = 0
     for key, _, constant in tensors:
-        spec = constant.spec
-        nbytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
+        spec, nbytes = constant.spec, constant.spec.nbytes
         table[key] = {
             "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),

@@ -12,7 +12,7 @@ import torch
 from peftc import graphs, registry
 from peftc.constants import Constant
 from peftc.contract import Effect, Pass
-from peftc.errors import PassError, PeftcError, ProofError, TiedWeightError, raise_all
+from peftc.errors import PassError, PeftcError, ProofError, TiedWeightError, located, raise_all
 from peftc.evaluate import Evaluation, single_threaded
 from peftc.graphs import Spec
 from peftc.program import Entry, Program
@@ -20,6 +20,7 @@ from peftc.progress import SILENT, Progress
 from peftc.sites import Site
 
 EQUAL_BOUND = 1e-5  # fp32 rounding of a sum in another order
+_REPORT = "this is a bug in the pass; please report it with the recipe"
 SAMPLES, FEATURES = 4, 32  # of random input and of each site's output, per check
 
 
@@ -50,9 +51,10 @@ class Pipeline:
 def run_pass(program: Program, pass_: Pass) -> Program:
     """One pass: check, run, check the result, write the journal."""
     title = registry.name_of(type(pass_))
-    raise_all(pass_.check(program))
+    raise_all(located(pass_.check(program), f"pass {title}"))
     result = pass_.run(program)
     after = result.program
+    raise_all(_losses(program, after, title))
     changed = [
         fqn
         for fqn, site in after.sites.items()
@@ -60,7 +62,9 @@ def run_pass(program: Program, pass_: Pass) -> Program:
     ]
     raise_all(_violations(program, after, changed, title))
     if result.modified != (after.fingerprint != program.fingerprint):
-        raise PassError(f"pass {title} says modified={result.modified}, and that is not so")
+        raise PassError(
+            f"pass {title} says modified={result.modified}, and that is not so", fix=_REPORT
+        )
     measured = _measure(program, after, changed, pass_.effect, title)
     entry = Entry(
         title, _options(pass_), pass_.effect.value, len(changed), result.modified, measured
@@ -76,6 +80,21 @@ def _options(pass_: Pass) -> dict[str, Any]:
 def _rebound(before: Program, after: Program, site: Site) -> bool:
     names = (f"{site.fqn}.{name}" for name in graphs.constant_names(site.graph))
     return any(after.constants[name] is not before.constants.get(name) for name in names)
+
+
+def _losses(before: Program, after: Program, title: str) -> list[PeftcError]:
+    """Sites that are gone, and constants that a graph names and the program does not have."""
+    errors: list[PeftcError] = [
+        PassError(f"pass {title} lost this site", where=fqn, fix=_REPORT)
+        for fqn in before.sites.keys() - after.sites.keys()
+    ]
+    for fqn, site in after.sites.items():
+        for name in graphs.constant_names(site.graph):
+            if f"{fqn}.{name}" not in after.constants:
+                errors.append(
+                    PassError(f"pass {title} names no constant {name!r}", where=fqn, fix=_REPORT)
+                )
+    return errors
 
 
 def _violations(
@@ -100,18 +119,23 @@ def _violations(
             if seen[key] != (2, 3, site.out_features):
                 raise RuntimeError(f"its output has the shape {seen[key]}")
         except (RuntimeError, TypeError) as error:
-            errors.append(PassError(f"pass {title} left a graph that fails: {error}", where=fqn))
+            errors.append(
+                PassError(f"pass {title} left a graph that fails: {error}", where=fqn, fix=_REPORT)
+            )
         if old is not None and (old.in_features, old.out_features) != (
             site.in_features, site.out_features):  # fmt: skip
-            errors.append(PassError(f"pass {title} changed the site's features", where=fqn))
+            errors.append(
+                PassError(f"pass {title} changed the site's features", where=fqn, fix=_REPORT)
+            )
     for tied, owner in after.aliases.items():
         one, other = after.constants.get(tied), after.constants.get(owner)
-        if (one is before.constants.get(tied)) == (other is before.constants.get(owner)):
+        same = one is before.constants.get(tied), other is before.constants.get(owner)
+        if all(same) or (not any(same) and one and other and one.key == other.key):
             continue
-        changed_one, kept = (owner, tied) if one is before.constants.get(tied) else (tied, owner)
+        changed_one, kept = (owner, tied) if same[0] else (tied, owner)
         errors.append(
             TiedWeightError(
-                f"is tied to {kept}: pass {title} would change one and not the other",
+                f"is tied to {kept}: pass {title} would make them differ",
                 where=changed_one,
                 fix=f"exclude it ({changed_one.rsplit('.', 1)[0]}), or keep its adapter unmerged",
             )
@@ -132,16 +156,27 @@ def _measure(
             fqn, (old, before.bindings(old)), (after.sites[fqn], after.bindings(after.sites[fqn]))
         )
         if not error < float("inf"):
-            raise ProofError(f"pass {title} gives values that are not finite", where=fqn)
+            raise ProofError(
+                f"pass {title} gives values that are not finite", where=fqn, fix=_REPORT
+            )
         if error >= worst:
             worst, where = error, fqn
     bound = {Effect.IDENTITY: 0.0, Effect.EQUAL: EQUAL_BOUND}.get(effect)
+    if bound is not None:
+        owners = (*(f"{fqn}." for fqn in changed),)
+        for fqn, constant in before.constants.items():
+            if after.constants.get(fqn) is not constant and not fqn.startswith(owners):
+                raise ProofError(
+                    f"pass {title} declares {effect.value}, and changes a tensor of no site",
+                    where=fqn,
+                    fix=_REPORT,
+                )
     if bound is not None and worst > bound:
         raise ProofError(
             f"pass {title} declares {effect.value}, and changes the output by {worst:.2e} of its "
             f"largest value (bound {bound:g})",
             where=where,
-            fix="this is a bug in the pass; please report it with the recipe",
+            fix=_REPORT,
         )
     return {"largest_relative_change": worst, "at": where} if changed else {}
 

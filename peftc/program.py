@@ -185,7 +185,13 @@ class Program:
                 errors.append(error)
                 continue
             for extra in sorted(set(trained or ()) - set(editor.created)):
-                errors.append(AdapterError(f"{extra} is not part of this method", where=name))
+                errors.append(
+                    AdapterError(
+                        f"{extra} is not part of this method",
+                        where=name,
+                        fix="save the adapter again, from the model it was trained in",
+                    )
+                )
             sites.append(editor.finish())
             for local, constant in editor.created.items():
                 constants[f"{name}.{local}"] = constant

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftc import registry
 from peftc.contract import Pass
-from peftc.errors import PassError, PeftcError, RecipeError, did_you_mean, raise_all
+from peftc.errors import PassError, PeftcError, RecipeError, Violations, did_you_mean, raise_all
 
 MAX_BYTES = 1 << 20
 
@@ -37,18 +37,21 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: The file cannot be read, or does not follow the schema.
         """
+        content = _read(path)
+        errors: list[PeftcError] = []
         try:
-            raw = path.read_bytes()
-            if len(raw) > MAX_BYTES:
-                raise RecipeError(f"is larger than {MAX_BYTES} bytes", where=str(path))
-            return cls.model_validate(yaml.safe_load(raw))
-        except OSError as error:
-            raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from error
-        except (yaml.YAMLError, RecursionError) as error:
-            raise RecipeError(f"is not valid YAML: {error}", where=str(path)) from error
+            recipe = cls.model_validate(content)
         except ValidationError as error:
-            raise_all(explained(error, str(path), list(cls.model_fields), RecipeError))
-            raise AssertionError from error
+            errors += explained(error, str(path), list(cls.model_fields), RecipeError)
+        # What can be told of the passes is told in the same breath.
+        try:
+            cls(peftc=1, passes=content["passes"]).build(str(path))
+        except (ValidationError, TypeError, KeyError):
+            pass  # said above
+        except PeftcError as found:
+            errors += found.errors if isinstance(found, Violations) else [found]
+        raise_all(errors)
+        return recipe
 
     def build(self, where: str = "recipe") -> list[Pass]:
         """The passes, every wrong option of any of them reported at once."""
@@ -63,6 +66,24 @@ class Recipe(BaseModel):
                     f"a step holds {len(step)} passes", where=where, fix="one pass for each dash"
                 )
         return build(steps, where)
+
+
+def _read(path: Path) -> Any:
+    try:
+        raw = path.read_bytes()
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(
+                f"is larger than {MAX_BYTES} bytes", where=str(path), fix="shorten it"
+            )
+        return yaml.safe_load(raw)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
+        ) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(
+            f"is not valid YAML: {error}", where=str(path), fix="correct that line"
+        ) from error
 
 
 def build(steps: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> list[Pass]:
@@ -102,5 +123,10 @@ def explained(
         else:
             got = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
             text = problem["msg"].removeprefix("Value error, ")
-            found.append(kind(f"{at}: {text[0].lower() + text[1:]}{got}", where=where))
+            fix = (
+                f"correct {at}; `peftc passes` shows what it takes"
+                if at
+                else "begin with peftc: 1, then passes: and a list"
+            )
+            found.append(kind(f"{at}: {text[0].lower() + text[1:]}{got}", where=where, fix=fix))
     return found

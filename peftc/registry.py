@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from peftc.contract import Method, Pass
 from peftc.errors import AdapterError, PassError, did_you_mean
+
+if TYPE_CHECKING:
+    from peftc.contract import Method, Pass
 
 PASSES = {
     "lora": "peftc.passes.lora:Lora",
@@ -23,7 +26,9 @@ def load(name: str) -> type[Pass]:
         PassError: There is no such pass.
     """
     if name not in PASSES:
-        raise PassError(f"there is no pass {name!r}", fix=did_you_mean(name, PASSES))
+        raise PassError(
+            f"there is no pass {name!r}", where="peftc passes", fix=did_you_mean(name, PASSES)
+        )
     module, _, attribute = PASSES[name].partition(":")
     found: type[Pass] = getattr(import_module(module), attribute)
     return found
@@ -41,6 +46,8 @@ def method_for(peft_type: str) -> type[Method]:
     Raises:
         AdapterError: None does.
     """
+    from peftc.contract import Method
+
     methods = [cls for cls in map(load, PASSES) if issubclass(cls, Method)]
     for cls in methods:
         if cls.peft_type == peft_type:

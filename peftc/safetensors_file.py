@@ -22,6 +22,7 @@ MAX_HEADER = 100_000_000  # the limit of the reference implementation
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
 
@@ -59,10 +60,10 @@ def read_header(path: Path) -> SafetensorsFile:
         return CheckpointError(what, where=str(path), fix=fix)
 
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # before opening: a pipe would block
+            raise bad("is not a regular file")
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise bad("is not a regular file")
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise bad(f"is truncated: {info.st_size} bytes hold no safetensors header")
@@ -75,14 +76,14 @@ def read_header(path: Path) -> SafetensorsFile:
             f"cannot be read: {error.strerror}", where=str(path), fix="check the file's permissions"
         ) from error
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise bad(f"its header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise bad("its __metadata__ is not a JSON object")
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise bad("its __metadata__ is not a JSON object of strings")
     try:
         refs = [_ref(path, name, entry, 8 + length) for name, entry in header.items()]
     except PeftcError as error:
@@ -95,9 +96,7 @@ def read_header(path: Path) -> SafetensorsFile:
         position += ref.nbytes
     if position != info.st_size:
         raise bad(f"is truncated or too long: {info.st_size} bytes, its header asks for {position}")
-    return SafetensorsFile(
-        path, info.st_size, {str(k): str(v) for k, v in metadata.items()}, {r.name: r for r in refs}
-    )
+    return SafetensorsFile(path, info.st_size, metadata, {r.name: r for r in refs})
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,17 +107,37 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
+    shown = _short(name)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise PeftcError(f"tensor {shown} has a name that is no text") from error
     if not (isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}):
-        raise PeftcError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        raise PeftcError(f"tensor {shown} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise PeftcError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        raise PeftcError(f"tensor {shown} has the unknown dtype {_short(dtype)}")
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
-        raise PeftcError(f"tensor {name!r} has a shape or offsets that are not natural numbers")
-    nbytes = math.prod(shape) * BITS[dtype] // 8
+        raise PeftcError(f"tensor {shown} has a shape or offsets that are not natural numbers")
+    nbytes = _nbytes(shape, dtype)
     if offsets[1] - offsets[0] != nbytes:
-        raise PeftcError(f"tensor {name!r} needs {nbytes} bytes, its offsets {offsets} differ")
-    return TensorRef(name, path, dtype, tuple(shape), base + offsets[0], nbytes)
+        raise PeftcError(f"tensor {shown} needs {nbytes} bytes, its offsets {offsets} differ")
+    return TensorRef(name, path, dtype, tuple(shape), base + offsets[0], int(nbytes))
+
+
+def _nbytes(shape: list[int], dtype: str) -> int | float:
+    """The size of a tensor; infinite where no file could hold it, at bounded cost."""
+    count = 1
+    for length in shape:
+        count *= length
+        if count >= 2**63:
+            return math.inf
+    return count * BITS[dtype] // 8
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _naturals(value: object) -> bool:

@@ -133,7 +133,11 @@ class SiteEditor(Builder):
                 fqn, Spec(shape, torch.float32), distribution, self.seed, scale
             )
         elif local not in self.given:
-            raise AdapterError(f"the adapter lacks {name}", where=self.site.fqn)
+            raise AdapterError(
+                f"the adapter lacks {name}",
+                where=self.site.fqn,
+                fix="save the adapter again, from the model it was trained in",
+            )
         else:
             constant = self.given[local]
             if constant.spec.shape != shape:

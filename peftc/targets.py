@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftc.errors import PeftcError, SelectionError, did_you_mean
 
@@ -42,6 +42,15 @@ def _names(value: Any) -> Any:
     return value
 
 
+def _expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_expression)]
 Names = Annotated[str | list[str], BeforeValidator(_names)]
 Layers = Annotated[list[int], BeforeValidator(_layer_ranges)]
 
@@ -58,7 +67,7 @@ class Targets(BaseModel):
     )
     exclude: Names | None = Field(None, description="modules to leave alone, written like targets")
     layers: Layers | None = Field(None, description="only these layers: 0-3,8")
-    layers_pattern: str | None = Field(
+    layers_pattern: Pattern | None = Field(
         None, description="the name before the layer's number, where it is not the first number"
     )
 

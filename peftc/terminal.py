@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc.errors import PeftcError, Violations
@@ -34,6 +35,12 @@ class Terminal:
         """A remark for people."""
         self.err.print(text)
 
+    def wrote(self, path: Path) -> None:
+        """A directory is finished."""
+        from rich.markup import escape
+
+        self.say(f"[green]✓[/] wrote {escape(str(path))}")
+
     def data(self, value: Mapping[str, Any], human: str | None = None) -> None:
         """The command's result: JSON, or its text for people."""
         if self.as_json:
@@ -45,12 +52,16 @@ class Terminal:
         """A table on stdout, for people."""
         from rich.box import SIMPLE
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE)
+        def plain(value: Any) -> Text:  # names come from files, and may hold anything
+            return Text("".join(c for c in str(value) if c.isprintable() or c == "\n"))
+
+        table = Table(title=plain(title), title_justify="left", header_style="bold", box=SIMPLE)
         for i, name in enumerate(head):
             table.add_column(name, overflow="fold", justify="left" if i == 0 else "default")
         for row in rows:
-            table.add_row(*map(str, row))
+            table.add_row(*map(plain, row))
         self.out.print(table)
 
     @contextmanager

@@ -17,8 +17,9 @@ ROOMS = ("kernels", "passes", "exporters")
 ORDER = [
     "errors", "progress", "safetensors_file", "checkpoint", "graphs", "constants", "evaluate",
     "sites", "program", "targets", "contract", "adapter", "registry", "algebra", "pipeline",
-    "outline", "capturing", "artifact", "link", "live", "proof", "kernels", "passes", "exporters", "recipe",
-    "api", "terminal", "inspection", "demo_model", "demo", "cli_options", "cli", "__main__",
+    "outline", "capturing", "artifact", "link", "live", "proof", "kernels", "passes", "exporters",
+    "recipe", "api", "terminal", "inspection", "demo_model", "demo", "cli_options", "cli",
+    "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",

@@ -25,10 +25,11 @@ class Net(nn.Module):
     def __init__(self, tie: bool = False) -> None:
         super().__init__()
         inner = nn.Sequential(nn.Linear(16, 12, bias=False), nn.Dropout(0.5))
-        self.body = nn.Sequential(nn.Linear(12, 16), nn.GELU(), inner)
+        first = nn.Linear(12, 16)
+        self.body = nn.Sequential(first, nn.GELU(), inner)
         self.twin, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
         if tie:
-            self.twin.weight = self.body[0].weight
+            self.twin.weight = first.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.head(self.twin(self.body(x)))
