@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -163,12 +164,32 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def apart(job: str, arguments: Any) -> Any:
+    """Runs a memory-hungry job in a process of its own.
+
+    A child's peak memory counts what its parent held at the fork, so this process must stay small.
+    """
+    command = [sys.executable, __file__, f"--job-{job}", json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def work_apart(job: str, arguments: Any) -> None:
+    """The other side of `apart`."""
+    if job == "--job-make":
+        layers = make_checkpoint(Path(arguments["base"]), arguments["size"])
+        for path, targets in arguments["adapters"].items():
+            make_adapter(Path(path), Path(arguments["base"]), layers, targets)
+        print(layers)
+    else:
+        print(json.dumps(wrong_elements(*map(Path, arguments))))
+
+
 def measure(work: Path, size: float, rounds: int, peft_rounds: int) -> None:
     base, out = work / "base", work / "out"
-    layers = make_checkpoint(base, size)
     chosen = {"q,v": ["self_attn.q_proj", "self_attn.v_proj"], "all linears": list(LINEARS)}
-    for name, targets in chosen.items():
-        make_adapter(work / name, base, layers, targets)
+    adapters = {str(work / name): targets for name, targets in chosen.items()}
+    apart("make", {"base": str(base), "size": size, "adapters": adapters})
     copy = f"mkdir '{out}' && cp --reflink=never '{base}'/* '{out}' && sync '{out}'/*"
     peftc = [sys.executable, "-m", "peftc", "export", str(base), "-o", str(out), "--merge", "-q"]
     jobs = {"cp + fsync": (["sh", "-c", copy], rounds)}
@@ -184,11 +205,14 @@ def measure(work: Path, size: float, rounds: int, peft_rounds: int) -> None:
             if turn < count:
                 seen[name].append(timed(command, out))
                 if turn == 0 and name.startswith("peftc"):
-                    wrong, total = wrong_elements(base, work / name.split(", ")[1], out)
+                    adapter = work / name.split(", ")[1]
+                    wrong, total = apart("check", [str(base), str(adapter), str(out)])
                     checked[name] = f"{wrong} of {total:,}"
     bytes_ = sum(f.stat().st_size for f in base.glob("*.safetensors"))
     reference = statistics.median(s for s, _ in seen["cp + fsync"])
     for name, figures in seen.items():
+        if not figures:
+            continue
         seconds = statistics.median(s for s, _ in figures)
         peak = max(p for _, p in figures)
         print(f"| {bytes_ / 1e9:.2f} GB | {name} | {seconds:.1f} | {seconds / reference:.2f} | "
@@ -199,4 +223,7 @@ def measure(work: Path, size: float, rounds: int, peft_rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3 and sys.argv[1].startswith("--job-"):
+        work_apart(sys.argv[1], json.loads(sys.argv[2]))
+    else:
+        main()
