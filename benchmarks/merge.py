@@ -198,13 +198,14 @@ def measure(work: Path, size: float, rounds: int, peft_rounds: int) -> None:
     for name in chosen:
         command = [sys.executable, "-c", PEFT, str(base), str(work / name), str(out)]
         jobs[f"PEFT, {name}"] = (command, peft_rounds)
+    jobs["peftc inspect"] = ([sys.executable, "-m", "peftc", "inspect", str(base)], rounds)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
     checked = {}
     for turn in range(max(rounds, peft_rounds)):
         for name, (command, count) in jobs.items():
             if turn < count:
                 seen[name].append(timed(command, out))
-                if turn == 0 and name.startswith("peftc"):
+                if turn == 0 and name.startswith("peftc,"):
                     adapter = work / name.split(", ")[1]
                     wrong, total = apart("check", [str(base), str(adapter), str(out)])
                     checked[name] = f"{wrong} of {total:,}"

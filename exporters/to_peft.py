@@ -74,7 +74,8 @@ def write_adapter(
         "target_modules": _targets(program, adapter),
         "fan_in_fan_out": any(program.sites[s].kind.transposed for s in _sites(program, adapter)),
     }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    # The patterns keep their order, for the first that matches counts.
+    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     stage.add(folder + CONFIG, text.encode())
     stage.add(folder + WEIGHTS, save(tensors, metadata={"format": "pt"}))
 

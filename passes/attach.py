@@ -224,11 +224,11 @@ def _biases(
     weight: float,
 ) -> dict[str, Constant]:
     """The base's trained biases, which stand in for its own."""
-    wanted = {
-        key.replace(".base_layer.", "."): fqn
-        for key, fqn in program.adapters[name].tensors.items()
-        if fqn in program.stored.values()
-    }
+    from peftc.constants import cast
+
+    stored = set(program.stored.values())
+    mine = [fqn for fqn in program.adapters[name].tensors.values() if fqn in stored]
+    wanted = {f"{PREFIX}{alias}": fqn for fqn in mine for alias in program.names_of(fqn)}
     where = str(directory.file.path)
     found = {key.replace(".base_layer.", "."): leaf for key, leaf in loose.items()}
     errors: list[PeftcError] = []
@@ -237,8 +237,12 @@ def _biases(
             f"tensor {key} replaces a weight that its config does not train", where=where, fix=_SAVE
         )
         for key in sorted(set(found) - set(wanted))
-    ] + [AdapterError(f"lacks the trained bias {key}", where=where, fix=_SAVE)
-         for key in sorted(set(wanted) - set(found))]  # fmt: skip
+    ]
+    served = {wanted[key] for key in found if key in wanted}
+    errors += [
+        AdapterError(f"lacks the trained bias {fqn}", where=where, fix=_SAVE)
+        for fqn in sorted(set(mine) - served)
+    ]
     for key, leaf in found.items():
         fqn = wanted.get(key)
         if fqn and leaf.spec.shape != program.constants[fqn].spec.shape:
@@ -259,7 +263,11 @@ def _biases(
             )
         )
     raise_all(errors[:_SHOWN])
-    return {wanted[key]: leaf for key, leaf in found.items()}
+    trained: dict[str, Constant] = {}
+    for key, leaf in found.items():
+        bias = cast(leaf, program.constants[wanted[key]].spec.dtype)
+        trained |= dict.fromkeys(program.names_of(wanted[key]), bias)
+    return trained
 
 
 def _brief(found: Violations) -> PeftcError:

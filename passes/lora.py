@@ -65,10 +65,9 @@ class Lora(Method):
         a = site.parameter("lora_A.weight", (rank, site.site.in_features), *start)  # type: ignore[arg-type]
         b = site.parameter("lora_B.weight", (site.site.out_features, rank))
         bias = site.parameter("lora_B.bias", (site.site.out_features,)) if self.lora_bias else None
-        x = site.type_as(site.dropout("lora_dropout", self.dropout, site.x), a)
+        x = site.dropout("lora_dropout", self.dropout, site.type_as(site.x, a))
         branch = site.linear(site.linear(x, a), b, bias)
-        y = site.y
-        site.y = site.type_as(site.add(y, site.mul(branch, self.scale_at(site.site.fqn))), y)
+        site.add_to_output(site.mul(branch, self.scale_at(site.site.fqn)))
 
     def rank_at(self, fqn: str) -> int:
         """The rank at one site."""

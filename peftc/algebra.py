@@ -8,7 +8,7 @@ operations in which a reader would write them, and evaluated when they are linke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from peftc import graphs
-from peftc.constants import Constant, derive
+from peftc.constants import Constant, Initial, cast, derive
 from peftc.errors import FoldError, PeftcError
 from peftc.graphs import Builder, Spec, aten
 from peftc.program import Program, Unfolded
-from peftc.sites import Site, template
+from peftc.sites import Site
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,17 @@ def fold_sites(program: Program) -> tuple[Program, list[FoldError]]:
     unfolded: dict[str, Unfolded] = {}
     spent: set[str] = set()
     errors: list[FoldError] = []
+    stored = set(program.stored.values())
+    owned = [t for a in program.adapters.values() for t in a.tensors.values() if t not in stored]
     for fqn, site in program.sites.items():
         if site.is_plain:
             continue
-        bindings = program.bindings(site)
         try:
             folded = _fold(site, tuple(sorted(program.specs(site).items())))
         except FoldError as error:
             errors.append(error)
             continue
-        if folded.bias is not None and "bias" not in bindings:
+        if folded.bias is not None and not site.bias:
             errors.append(
                 FoldError(
                     "folding gives it a bias, and the model has no place for one",
@@ -69,24 +70,30 @@ def fold_sites(program: Program) -> tuple[Program, list[FoldError]]:
                 )
             )
             continue
-        made = {f"{fqn}.weight": _bind(folded.weight, bindings, "weight")}
-        if folded.bias is not None:
-            made[f"{fqn}.bias"] = _bind(folded.bias, bindings, "bias")
-        graph = template(site.kind, folded.bias is not None)
-        plain.append(replace(site, graph=graph, dropouts={}))
+        bindings = program.bindings(site)
+        made = {f"{fqn}.weight": _bind(folded.weight, bindings, program, f"{fqn}.weight")}
+        if site.bias:
+            made[f"{fqn}.bias"] = _bind(folded.bias, bindings, program, f"{fqn}.bias")
+        plain.append(replace(site, graph=site.plain, dropouts={}))
         unfolded[fqn] = Unfolded(site, bindings)
         constants |= made
         spent |= {f"{fqn}.{name}" for name in bindings} - set(made)
+        spent |= {tensor for tensor in owned if tensor.startswith(f"{fqn}.")}
     if not plain:
         return program, errors
     done = program.rewrite(plain, constants, unfolded={**program.unfolded, **unfolded})
     return done.without(spent), errors
 
 
-def _bind(graph: fx.Graph, bindings: dict[str, Constant], name: str) -> Constant:
-    old = bindings[name]
+def _bind(
+    graph: fx.Graph | None, bindings: Mapping[str, Constant], program: Program, fqn: str
+) -> Constant:
+    """The constant that takes the place of a stored one; without a graph, zeros."""
+    old = program.constants[fqn]
+    if graph is None:
+        return Initial(fqn, old.spec, "zeros")
     if graphs.output(graph).op == "get_attr":
-        return bindings[str(graphs.output(graph).target)]
+        return cast(bindings[str(graphs.output(graph).target)], old.spec.dtype)
     return derive(graph, bindings, old.spec.dtype)
 
 
@@ -159,6 +166,12 @@ class _Folding:
             return value.weight
         return self.build.op(aten.eye.default, self.site.in_features)
 
+    def _wide(self, bias: fx.Node | None, node: fx.Node) -> fx.Node | None:
+        """A bias that may be of one element, as wide as the value that it belongs to."""
+        width = self.specs[node].shape[-1]
+        narrow = any(self.specs[a].shape[-1:] != (width,) for a in node.all_input_nodes)
+        return self.build.op(aten.expand.default, bias, [width]) if bias and narrow else bias
+
     def _rank(self, node: Any) -> int:
         """The number of dimensions of an operand; a number has none."""
         return len(self.specs[node].shape) if isinstance(node, fx.Node) else 0
@@ -182,16 +195,14 @@ def _matmul(f: _Folding, node: fx.Node, x: Any, matrix: Any) -> Affine | None:
 def _add(f: _Folding, node: fx.Node, a: Any, b: Any) -> Affine | None:
     if isinstance(a, Affine) and isinstance(b, Affine):
         weight = f.build.add(f._matrix(a), f._matrix(b))
-        if a.bias is None or b.bias is None:
-            return Affine(weight, a.bias or b.bias)
-        return Affine(weight, f.build.add(a.bias, b.bias))
+        bias = f.build.add(a.bias, b.bias) if a.bias and b.bias else a.bias or b.bias
+        return Affine(weight, f._wide(bias, node))
     (value, constant), argument = ((a, b), node.args[1]) if isinstance(a, Affine) else (
         (b, a), node.args[0])  # fmt: skip
     if f._rank(argument) != 1 or f.specs[node].shape != f.specs[_other(node, argument)].shape:
         return None
-    return Affine(
-        value.weight, constant if value.bias is None else f.build.add(value.bias, constant)
-    )
+    bias = constant if value.bias is None else f.build.add(value.bias, constant)
+    return Affine(value.weight, f._wide(bias, node))
 
 
 def _sub(f: _Folding, node: fx.Node, a: Any, b: Any) -> Affine | None:

@@ -163,7 +163,7 @@ def _program(
         shape = constants[f"{fqn}.weight"].spec.shape
         out_features, in_features = reversed(shape) if kind.transposed else shape
         graph = template(kind, module.bias)
-        sites[fqn] = Site(fqn, kind, graph, in_features, out_features)
+        sites[fqn] = Site(fqn, kind, graph, in_features, out_features, module.bias)
     return Program(
         source,
         sites,

@@ -135,6 +135,15 @@ def derive(graph: fx.Graph, constants: Mapping[str, Constant], dtype: torch.dtyp
     return Derived(graph, inputs, Spec(shape, dtype))
 
 
+def cast(constant: Constant, dtype: torch.dtype) -> Constant:
+    """A constant in another dtype, rounded once; itself where it has that dtype."""
+    if constant.spec.dtype == dtype:
+        return constant
+    graph = fx.Graph()
+    graph.output(graph.create_node("get_attr", "value"))
+    return derive(graph, {"value": constant}, dtype)
+
+
 _shapes: dict[tuple[fx.Graph, tuple[tuple[str, Spec], ...]], tuple[int, ...]] = {}
 
 

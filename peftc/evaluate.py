@@ -9,6 +9,7 @@ x·Wᵀ are rows of W. An operator that is not in the table is evaluated whole, 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -48,12 +49,19 @@ def single_threaded() -> Iterator[None]:
 
 
 def chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
-    """Ranges of rows that hold about `elements` elements each."""
+    """Ranges of rows that hold about `elements` elements each.
+
+    All but the last are of a multiple of 16 rows, and none of a larger tensor is smaller: matrix
+    products of very few rows take another path in BLAS, whose sums round differently.
+    """
     if not shape:
         return [(0, 1)]
-    width = max(1, torch.Size(shape[1:]).numel())
-    step = max(1, elements // width)
-    return [(low, min(low + step, shape[0])) for low in range(0, shape[0], step)]
+    width = max(1, math.prod(shape[1:]))
+    step = max(16, elements // width // 16 * 16)
+    starts = list(range(0, shape[0], step))
+    if len(starts) > 1 and shape[0] - starts[-1] < 16:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], shape[0]], strict=True))
 
 
 def value(constant: Constant) -> torch.Tensor:
@@ -214,9 +222,11 @@ class _Plan:
     def _rule(self, node: fx.Node) -> frozenset[int] | None:
         if node.op == "get_attr":
             return frozenset()
-        if _is_nothing(node) or node.target is aten.mm.default:
+        if _is_nothing(node):
             return frozenset({0})
-        if node.target is aten.linear.default:
+        if node.target is aten.mm.default and node not in self.activations:
+            return frozenset({0})
+        if node.target is aten.linear.default and node.args[1] not in self.activations:
             return frozenset(range(1, len(node.args)))
         if node.target in _POINTWISE:
             return frozenset(i for i, a in enumerate(node.args) if self._follows(node, a))

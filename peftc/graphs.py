@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import fx
 
+from peftc.errors import PassError
+
 aten = torch.ops.aten
 
 _interned: dict[str, fx.Graph] = {}
@@ -107,7 +109,18 @@ class _Name(str):
 
 
 def intern(graph: fx.Graph) -> fx.Graph:
-    """The one graph that stands for all of this structure, dead nodes removed."""
+    """The one graph that stands for all of this structure, dead nodes removed.
+
+    Raises:
+        PassError: A node carries keyword arguments, which the vocabulary does not have.
+    """
+    for node in graph.nodes:
+        if node.kwargs:
+            raise PassError(
+                f"node {node.name} ({node.target}) carries keyword arguments {dict(node.kwargs)}",
+                where="site graph",
+                fix="say it with positional arguments, such as mul and add for alpha",
+            )
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     key = text(graph)
     shared = _interned.setdefault(key, graph)
@@ -192,7 +205,9 @@ def _mm_spec(a: Spec, b: Spec) -> Spec | None:
     return None
 
 
-def _pointwise_spec(a: Spec, b: Spec | float) -> Spec | None:
+def _pointwise_spec(a: Spec | float, b: Spec | float) -> Spec | None:
+    if not isinstance(a, Spec):
+        return None
     if not isinstance(b, Spec):
         return a if a.dtype.is_floating_point else None
     if not a.shape or not b.shape:

@@ -2,8 +2,7 @@
 
 Files, names and order are the source's. A tensor that no pass touched is copied by the kernel; the
 others are evaluated in fp32, rows by rows that stay in a core's cache, rounded once, and written in
-place. Units of work run on one thread per core; a file is sealed (hashed, forced to the disk) while
-others are still written.
+place. Units of work run on one thread per core; each file's hash follows its writing.
 """
 
 from __future__ import annotations
@@ -17,19 +16,21 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Condition
 from typing import Any, Protocol
 
 import torch
+from blake3 import blake3
 
-from peftc.artifact import Staging, digest
+from peftc.artifact import Staging
 from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
 from peftc.errors import CheckpointError
 from peftc.evaluate import Evaluation, chunks, read, single_threaded, value
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
 
-UNIT_BYTES = 128 << 20
-_COPY_BYTES = 8 << 20
+UNIT_BYTES = 32 << 20
+_COPY_BYTES = 1 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -105,7 +106,7 @@ def link(
         ThreadPoolExecutor(workers) as sealers,
     ):
         try:
-            _run(todo, stage, pool, sealers, watch, progress.advance, measured)
+            _run(todo, stage, pool, sealers, workers, watch, progress.advance, measured)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             sealers.shutdown(cancel_futures=True)
@@ -118,32 +119,109 @@ def _run(
     stage: Staging,
     pool: ThreadPoolExecutor,
     sealers: ThreadPoolExecutor,
+    workers: int,
     watch: Watch,
     on_bytes: Callable[[int], None],
     measured: dict[str, Any],
 ) -> None:
-    waiting: dict[Future[Any], Shard] = {}
-    left: dict[str, int] = {}
-    notes: dict[str, dict[str, Any]] = {}
-    for shard in todo:
-        path = stage.path / shard.name
-        _create(path, shard)
-        on_bytes(len(shard.header))
-        units = list(_units(shard.entries)) or [[]]
-        left[shard.name], notes[shard.name] = len(units), {}
-        for unit in units:
-            waiting[pool.submit(_write, path, unit, watch, on_bytes)] = shard
-    while waiting:
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-            shard, result = waiting.pop(future), future.result()
-            if left[shard.name]:
-                notes[shard.name] |= result
-                left[shard.name] -= 1
-                if not left[shard.name]:
-                    waiting[sealers.submit(_seal, stage.path / shard.name)] = shard
-            else:
-                stage.seal(shard.name, result, notes[shard.name])
-                measured |= notes[shard.name]
+    outputs = [_Output(stage.path / shard.name, shard) for shard in todo]
+    writing: dict[Future[dict[str, Any]], tuple[_Output, int]] = {}
+    sealing: dict[Future[str], _Output] = {}
+    try:
+        for output in outputs:
+            output.create()
+            on_bytes(len(output.shard.header))
+            sealing[sealers.submit(output.seal)] = output
+        for output, number in _order(outputs, workers):
+            unit = output.units[number]
+            writing[pool.submit(_write, output.path, unit, watch, on_bytes)] = output, number
+        waiting: set[Future[Any]] = {*writing, *sealing}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                if future in writing:
+                    output, number = writing[future]
+                    output.finish(number, future.result())
+                else:
+                    output = sealing[future]
+                    stage.seal(output.shard.name, future.result(), output.notes)
+                    measured |= output.notes
+    except BaseException:
+        for output in outputs:
+            output.fail()
+        raise
+
+
+class _Output:
+    """A file under construction: its units may end in any order, its hash follows behind."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self.path, self.shard = path, shard
+        self.units = list(_units(shard.entries))
+        self.notes: dict[str, Any] = {}
+        self._ended: set[int] = set()
+        self._whole = 0  # units that have ended without a gap before them
+        self._failed = False
+        self._news = Condition()
+
+    def create(self) -> None:
+        """Takes the file's place on the disk and writes its header."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("wb") as file:
+            if hasattr(os, "posix_fallocate") and self.shard.size:
+                os.posix_fallocate(file.fileno(), 0, self.shard.size)
+            file.write(self.shard.header)
+
+    def finish(self, number: int, notes: Mapping[str, Any]) -> None:
+        """A unit is written."""
+        with self._news:
+            self.notes |= notes
+            self._ended.add(number)
+            while self._whole in self._ended:
+                self._whole += 1
+            self._news.notify_all()
+
+    def fail(self) -> None:
+        """Nothing more will be written."""
+        with self._news:
+            self._failed = True
+            self._news.notify_all()
+
+    def seal(self) -> str:
+        """Hashes the file while it grows, then forces it to the disk."""
+        digest, position = blake3(), 0
+        buffer = memoryview(bytearray(_COPY_BYTES))
+        with _descriptor(self.path, os.O_RDONLY) as handle:
+            while position < self.shard.size:
+                end = self._wait_beyond(position)
+                while position < end:
+                    count = os.preadv(handle, [buffer[: end - position]], position)
+                    digest.update(buffer[:count])
+                    position += count
+            os.fsync(handle)
+        return digest.hexdigest()
+
+    def _wait_beyond(self, position: int) -> int:
+        with self._news:
+            while (end := self._written()) <= position and not self._failed:
+                self._news.wait()
+            if self._failed:
+                raise InterruptedError("the writing was given up")
+            return end
+
+    def _written(self) -> int:
+        """How many bytes are written without a gap."""
+        if self._whole == len(self.units):
+            return self.shard.size
+        return self.units[self._whole][0].start
+
+
+def _order(outputs: list[_Output], workers: int) -> Iterator[tuple[_Output, int]]:
+    """Units of as many files as there are workers in turn: two writers of one file would queue."""
+    for first in range(0, len(outputs), workers):
+        group = outputs[first : first + workers]
+        for number in range(max(len(output.units) for output in group)):
+            yield from ((output, number) for output in group if number < len(output.units))
 
 
 def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
@@ -194,14 +272,6 @@ def _units(entries: tuple[Entry, ...]) -> Iterator[list[Entry]]:
             unit = []
     if unit:
         yield unit
-
-
-def _create(path: Path, shard: Shard) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate") and shard.size:
-            os.posix_fallocate(file.fileno(), 0, shard.size)
-        file.write(shard.header)
 
 
 def _write(
@@ -270,13 +340,6 @@ def _write_all(out: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(out, data, offset)
         data, offset = data[done:], offset + done
-
-
-def _seal(path: Path) -> str:
-    """Forces a file to the disk and hashes it."""
-    with _descriptor(path, os.O_RDONLY) as handle:
-        os.fsync(handle)
-    return digest(path)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 
 from peftc import graphs
-from peftc.constants import Held
-from peftc.errors import PassError
+from peftc.constants import Constant, Held, cast
+from peftc.errors import PassError, PeftcError, raise_all
 from peftc.evaluate import value
 from peftc.graphs import Spec, aten
 from peftc.program import Program
@@ -31,6 +31,9 @@ _FAST: dict[Any, Any] = {
     aten.t.default: torch.t,
     aten.type_as.default: torch.Tensor.type_as,
 }
+
+
+SHOWN = 5  # how many of many alike errors are spelled out
 
 
 class LiveSite(nn.Module):
@@ -89,18 +92,30 @@ def absorb(program: Program, model: nn.Module) -> Program:
         model: The model after training, wrapped or not.
 
     Raises:
-        PassError: The model lacks a tensor that the program trains.
+        PassError: The model lacks a tensor that the program trains, or has it in another shape.
     """
-    state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor
-             for name, tensor in model.state_dict().items()}  # fmt: skip
-    if missing := sorted(program.trainable - set(state)):
-        raise PassError(
-            f"the model lacks {len(missing)} trained tensors, such as {missing[0]}",
-            fix="pass the model that this program was materialized to",
-        )
-    trained = {
-        fqn: Held(state[fqn].detach().to("cpu", copy=True)) for fqn in sorted(program.trainable)
-    }
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    if not program.trainable & set(state):  # wrapped, as DistributedDataParallel does
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    errors: list[PeftcError] = []
+    trained: dict[str, Constant] = {}
+    for fqn in sorted(program.trainable):
+        old = program.constants[fqn]
+        if fqn not in state or tuple(state[fqn].shape) != old.spec.shape:
+            got = list(state[fqn].shape) if fqn in state else "nothing"
+            errors.append(
+                PassError(
+                    f"the model has {got}, and {list(old.spec.shape)} is trained",
+                    where=fqn,
+                    fix="pass the model that this program was materialized to",
+                )
+            )
+            continue
+        held: Constant = Held(state[fqn].detach().to("cpu", copy=True))
+        if fqn in program.captured:
+            held = cast(held, old.spec.dtype)
+        trained |= dict.fromkeys(program.names_of(fqn), held)
+    raise_all(errors[:SHOWN])
     return program.rewrite(constants=trained)
 
 
@@ -115,7 +130,7 @@ def _live(program: Program, site: Site, old: nn.Module) -> LiveSite:
             setattr(state, local, tensor)
         else:
             tensor = value(program.constants[f"{site.fqn}.{local}"])
-            wide = torch.promote_types(tensor.dtype, torch.float32)
+            wide = torch.promote_types(weight.dtype, torch.float32)
             tensor = nn.Parameter(tensor.to(wide).clone())
             _place(state, local, tensor)
         specs[local] = Spec(tuple(tensor.shape), tensor.dtype)

@@ -110,7 +110,7 @@ def _violations(
         try:
             if key not in seen:
                 site.graph.lint()
-                dtype = specs["weight"].dtype
+                dtype = after.constants[f"{fqn}.weight"].spec.dtype
                 x = Spec((2, 3, site.in_features), dtype)
                 y = graphs.propagate(site.graph, specs, x)[graphs.output(site.graph)]
                 if y.dtype != dtype:

@@ -198,9 +198,10 @@ class Program:
                 tensors[_peft_key(name, local, method.adapter)] = f"{name}.{local}"
         raise_all(errors)
         for bias in method.trainable_biases(self, list(names)):
-            owner, _, leaf = bias.rpartition(".")
-            infix = "base_layer." if owner in names else ""
-            tensors[f"{PEFT_PREFIX}{owner}.{infix}{leaf}"] = bias
+            for alias in self.names_of(bias):
+                owner, _, leaf = alias.rpartition(".")
+                infix = "base_layer." if owner in names else ""
+                tensors[f"{PEFT_PREFIX}{owner}.{infix}{leaf}"] = bias
         adapter = Adapter(method.adapter, method.peft_config(), tensors)
         return self.rewrite(sites, constants, adapters={**self.adapters, adapter.name: adapter})
 
@@ -218,6 +219,11 @@ class Program:
     def touched(self, fqn: str) -> bool:
         """Whether a tensor is not what was captured."""
         return self.constants[fqn] is not self.captured.get(fqn)
+
+    def names_of(self, fqn: str) -> list[str]:
+        """All names of a tensor: its own and those that are tied to it."""
+        owner = self.aliases.get(fqn, fqn)
+        return [owner, *(tied for tied, other in self.aliases.items() if other == owner)]
 
     @property
     def trainable(self) -> set[str]:

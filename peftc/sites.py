@@ -12,7 +12,7 @@ from torch import fx, nn
 from peftc import graphs
 from peftc.constants import Constant, Distribution, Initial
 from peftc.errors import AdapterError
-from peftc.graphs import Builder, Spec
+from peftc.graphs import Builder, Spec, aten
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Site:
 
     Attributes:
         fqn: The submodule's name in the model; the graph's constants are named relative to it.
+        bias: Whether the submodule has a bias, whatever the graph makes of it.
         dropouts: The probability of each dropout module that the graph calls.
     """
 
@@ -70,12 +71,18 @@ class Site:
     graph: fx.Graph
     in_features: int
     out_features: int
+    bias: bool
     dropouts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
         """Whether the graph is what was captured, or folded back to it."""
-        return self.graph in (template(self.kind, True), template(self.kind, False))
+        return self.graph is self.plain
+
+    @property
+    def plain(self) -> fx.Graph:
+        """The graph of the site as it was captured."""
+        return template(self.kind, self.bias)
 
 
 class SiteEditor(Builder):
@@ -157,6 +164,13 @@ class SiteEditor(Builder):
         local = local_name(name, self.adapter)
         self.dropouts[local] = p
         return self.graph.call_module(local, (x,))
+
+    def add_to_output(self, branch: fx.Node) -> None:
+        """Adds a branch to y, in the wider of their dtypes; several are summed, then cast once."""
+        y = self.y
+        total, like = y.args if y.target is aten.type_as.default else (y, y)
+        assert isinstance(total, fx.Node) and isinstance(like, fx.Node)
+        self.y = self.type_as(self.add(total, branch), like)
 
     def finish(self) -> Site:
         """The rewritten site."""

@@ -21,7 +21,7 @@ import peftc
 from peftc import Effect, Fold, Lora, Merge, Method, Pipeline, Program, graphs
 from peftc.algebra import fold_sites
 from peftc.constants import Constant, Derived, Held
-from peftc.errors import FoldError, PeftcError
+from peftc.errors import FoldError, PassError, PeftcError
 from peftc.evaluate import Evaluation, value
 from peftc.graphs import Builder, aten
 from peftc.sites import SiteEditor
@@ -244,9 +244,13 @@ def test_affine_rewrite_merges_to_what_it_computes(inject: Inject) -> None:
     check(inject, may_refuse=False)
 
 
-@pytest.mark.parametrize("inject", [keyword, no_bias])
-def test_rewrite_is_refused_or_merges_to_what_it_computes(inject: Inject) -> None:
-    check(inject, may_refuse=True)
+def test_rewrite_without_the_bias_is_refused_or_merges_to_what_it_computes() -> None:
+    check(no_bias, may_refuse=True)
+
+
+def test_rewrite_with_keyword_arguments_is_refused() -> None:
+    with pytest.raises(PassError, match=r"keyword arguments \{'alpha': 3\}"):
+        check(keyword, may_refuse=True)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])

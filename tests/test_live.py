@@ -286,7 +286,9 @@ def test_dtypes_and_logits_equal_pefts(
     for base in (checkpoint(name), checkpoint(name, dtype)):
         live = peftc.materialize(attach(base, trained), dtype=dtype)
         assert {key: p.dtype for key, p in live.named_parameters()} == want
-    assert torch.equal(logits(live), logits(theirs))
+    # In fp64 BLAS takes another path for weights that a file maps at odd addresses.
+    slack = 1e-14 if dtype == torch.float64 else 0.0
+    assert float((logits(live) - logits(theirs)).abs().max()) <= slack
 
 
 EMBEDDING = {"gpt2": "transformer.wte.weight", "bert": "bert.embeddings.word_embeddings.weight"}
