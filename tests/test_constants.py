@@ -131,9 +131,9 @@ def test_chunks_cover_every_row_once_in_order(shape: tuple[int, ...], elements: 
     spans = chunks(shape, elements)
     rows = [row for low, high in spans for row in range(low, high)]
     assert rows == list(range(shape[0] if shape else 1))
-    width = torch.Size(shape[1:]).numel()
-    for low, high in spans:
-        assert low < high
-        assert high - low == 1 or (high - low) * width <= elements
-    if width and width <= elements:  # and none is smaller than it need be
-        assert all((high - low + 1) * width > elements for low, high in spans[:-1])
+    width = max(1, torch.Size(shape[1:]).numel())
+    # Sixteen rows at a time, as many as fit, and no small rest: BLAS rounds few rows differently.
+    step = max(16, elements // width // 16 * 16)
+    assert all(high - low == step for low, high in spans[:-1])
+    if len(spans) > 1:
+        assert 16 <= spans[-1][1] - spans[-1][0] < step + 16
