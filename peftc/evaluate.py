@@ -54,8 +54,8 @@ def chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple
     All but the last are of a multiple of 16 rows, and none of a larger tensor is smaller: matrix
     products of very few rows take another path in BLAS, whose sums round differently.
     """
-    if not shape:
-        return [(0, 1)]
+    if not shape or not shape[0]:
+        return [] if shape else [(0, 1)]
     width = max(1, math.prod(shape[1:]))
     step = max(16, elements // width // 16 * 16)
     starts = list(range(0, shape[0], step))
