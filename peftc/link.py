@@ -31,6 +31,7 @@ from peftc.progress import SILENT, Progress
 
 UNIT_BYTES = 32 << 20
 _COPY_BYTES = 1 << 20
+_SYNC_BYTES = 256 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -189,7 +190,7 @@ class _Output:
 
     def seal(self) -> str:
         """Hashes the file while it grows, then forces it to the disk."""
-        digest, position = blake3(), 0
+        digest, position, durable = blake3(), 0, 0
         buffer = memoryview(bytearray(_COPY_BYTES))
         with _descriptor(self.path, os.O_RDONLY) as handle:
             while position < self.shard.size:
@@ -198,6 +199,9 @@ class _Output:
                     count = os.preadv(handle, [buffer[: end - position]], position)
                     digest.update(buffer[:count])
                     position += count
+                if position - durable >= _SYNC_BYTES:
+                    os.fdatasync(handle)  # early, so that the disk works while others compute
+                    durable = position
             os.fsync(handle)
         return digest.hexdigest()
 
