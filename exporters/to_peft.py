@@ -14,7 +14,7 @@ from peftc.artifact import Artifact, Staging, key_of, staging
 from peftc.errors import ArtifactError, did_you_mean
 from peftc.evaluate import value
 from peftc.exporters.to_safetensors import folders, manifest
-from peftc.program import PEFT_PREFIX, Adapter, Program
+from peftc.program import Adapter, Program
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -81,8 +81,10 @@ def write_adapter(
 
 
 def _sites(program: Program, adapter: Adapter) -> list[str]:
-    paths = [key.removeprefix(PEFT_PREFIX) for key in adapter.tensors]
-    return [s for s in program.sites if any(p.startswith(f"{s}.lora_") for p in paths)]
+    """The sites that carry tensors of the adapter's own, in the model's order."""
+    own = set(adapter.tensors.values()) - set(program.stored.values())
+    found = {program.site_of(fqn)[0] for fqn in own}
+    return [fqn for fqn in program.sites if fqn in found]
 
 
 def _targets(program: Program, adapter: Adapter) -> list[str]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, ValidationError
 
+from peftc.checkpoint import PEFT_PREFIX, resolve
 from peftc.contract import AdapterName, Effect, Method, Pass, PassResult, Place, safe_name
 from peftc.errors import (
+    SAVE_AGAIN,
     AdapterError,
     PassError,
     PeftcError,
@@ -26,9 +28,7 @@ if TYPE_CHECKING:
     from peftc.constants import Constant
     from peftc.program import Program
 
-PREFIX = "base_model.model."
 _SHOWN = 5  # how many of many alike errors are spelled out
-_SAVE = "save the adapter again, from the model it was trained in"
 
 
 class Attach(Pass):
@@ -94,7 +94,6 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
         PeftcError: Something in the directory is damaged, unknown, or binds to nothing.
     """
     from peftc.adapter import AdapterDirectory
-    from peftc.checkpoint import resolve
 
     directory = AdapterDirectory.open(resolve(path))
     method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
@@ -135,8 +134,8 @@ def _sort(
     loose: dict[str, Constant] = {}
     strays: list[str] = []
     for key, leaf in directory.leaves().items():
-        path = key.removeprefix(PREFIX)
-        site, suffix = _owner(program, path)
+        path = key.removeprefix(PEFT_PREFIX)
+        site, suffix = program.site_of(path)
         if path == key:
             strays.append(key)
         elif ".base_layer." in path and _same(program, path.replace(".base_layer.", "."), leaf):
@@ -149,7 +148,9 @@ def _sort(
             given.setdefault(site, {})[local_name(suffix, name)] = leaf
     errors: list[PeftcError] = []
     if not directory.file.tensors:
-        errors.append(AdapterError("holds no tensors", where=str(directory.file.path), fix=_SAVE))
+        errors.append(
+            AdapterError("holds no tensors", where=str(directory.file.path), fix=SAVE_AGAIN)
+        )
     if strays and not given:
         errors.append(
             AdapterError(
@@ -157,12 +158,12 @@ def _sort(
                 f"as {strays[0]}",
                 where=str(directory.path),
                 fix=f"this model's layers are named like {next(iter(program.sites), '(none)')}; "
-                f"adapter keys like {PREFIX}<layer>.lora_A.weight",
+                f"adapter keys like {PEFT_PREFIX}<layer>.lora_A.weight",
             )
         )
         return given, loose, errors
     for key in strays[:_SHOWN]:
-        module = key.removeprefix(PREFIX).rsplit(".lora_", 1)[0]
+        module = key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]
         errors.append(
             AdapterError(
                 f"tensor {key} binds to no site",
@@ -186,14 +187,6 @@ def _same(program: Program, fqn: str, leaf: Constant) -> bool:
 
     own = program.constants.get(fqn)
     return own is not None and own.spec == leaf.spec and bool(value(own).equal(value(leaf)))
-
-
-def _owner(program: Program, path: str) -> tuple[str | None, str]:
-    parts = path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        if (head := ".".join(parts[:cut])) in program.sites:
-            return head, ".".join(parts[cut:])
-    return None, path
 
 
 def _unserved(program: Program, method: Method, bound: list[str]) -> list[PeftcError]:
@@ -228,19 +221,21 @@ def _biases(
 
     stored = set(program.stored.values())
     mine = [fqn for fqn in program.adapters[name].tensors.values() if fqn in stored]
-    wanted = {f"{PREFIX}{alias}": fqn for fqn in mine for alias in program.names_of(fqn)}
+    wanted = {f"{PEFT_PREFIX}{alias}": fqn for fqn in mine for alias in program.names_of(fqn)}
     where = str(directory.file.path)
     found = {key.replace(".base_layer.", "."): leaf for key, leaf in loose.items()}
     errors: list[PeftcError] = []
     errors += [
         AdapterError(
-            f"tensor {key} replaces a weight that its config does not train", where=where, fix=_SAVE
+            f"tensor {key} replaces a weight that its config does not train",
+            where=where,
+            fix=SAVE_AGAIN,
         )
         for key in sorted(set(found) - set(wanted))
     ]
     served = {wanted[key] for key in found if key in wanted}
     errors += [
-        AdapterError(f"lacks the trained bias {fqn}", where=where, fix=_SAVE)
+        AdapterError(f"lacks the trained bias {fqn}", where=where, fix=SAVE_AGAIN)
         for fqn in sorted(set(mine) - served)
     ]
     for key, leaf in found.items():

@@ -19,6 +19,7 @@ from peftc.safetensors_file import SafetensorsFile, TensorRef, read_header
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PEFT_PREFIX = "base_model.model."  # of every tensor's name in a PEFT adapter
 MAX_JSON = 64 << 20
 PAGES = 64  # of each weight file, sampled to tell whether it is still the same
 # What a directory that transformers loads may hold beside its weights, and an export carries over.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+SAVE_AGAIN = "save the adapter again, from the model it was trained in"
+
 
 class PeftcError(Exception):
     """What every error of peftc is.

@@ -269,11 +269,13 @@ def _header(file: OutputFile, table: Mapping[str, Any]) -> bytes:
 def _units(entries: tuple[Entry, ...]) -> Iterator[list[Entry]]:
     """Runs of neighbouring tensors, large enough to be worth a task."""
     unit: list[Entry] = []
+    size = 0
     for entry in entries:
         unit.append(entry)
-        if sum(e.nbytes for e in unit) >= UNIT_BYTES:
+        size += entry.nbytes
+        if size >= UNIT_BYTES:
             yield unit
-            unit = []
+            unit, size = [], 0
     if unit:
         yield unit
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftc import graphs
+from peftc.checkpoint import PEFT_PREFIX
 from peftc.constants import Constant
-from peftc.errors import AdapterError, PeftcError, raise_all
+from peftc.errors import SAVE_AGAIN, AdapterError, PeftcError, raise_all
 from peftc.graphs import Spec
 from peftc.safetensors_file import SafetensorsFile
 from peftc.sites import Site, SiteEditor
@@ -19,8 +20,6 @@ from peftc.sites import Site, SiteEditor
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Program:
                     AdapterError(
                         f"{extra} is not part of this method",
                         where=name,
-                        fix="save the adapter again, from the model it was trained in",
+                        fix=SAVE_AGAIN,
                     )
                 )
             sites.append(editor.finish())
@@ -219,6 +218,14 @@ class Program:
     def touched(self, fqn: str) -> bool:
         """Whether a tensor is not what was captured."""
         return self.constants[fqn] is not self.captured.get(fqn)
+
+    def site_of(self, fqn: str) -> tuple[str | None, str]:
+        """The site that a tensor or module belongs to, and its name relative to it."""
+        parts = fqn.split(".")
+        for cut in range(len(parts) - 1, 0, -1):
+            if (head := ".".join(parts[:cut])) in self.sites:
+                return head, ".".join(parts[cut:])
+        return None, fqn
 
     def names_of(self, fqn: str) -> list[str]:
         """All names of a tensor: its own and those that are tied to it."""

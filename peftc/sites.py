@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from peftc import graphs
 from peftc.constants import Constant, Distribution, Initial
-from peftc.errors import AdapterError
+from peftc.errors import SAVE_AGAIN, AdapterError
 from peftc.graphs import Builder, Spec, aten
 
 
@@ -143,7 +143,7 @@ class SiteEditor(Builder):
             raise AdapterError(
                 f"the adapter lacks {name}",
                 where=self.site.fqn,
-                fix="save the adapter again, from the model it was trained in",
+                fix=SAVE_AGAIN,
             )
         else:
             constant = self.given[local]
