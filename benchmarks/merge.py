@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -196,8 +197,8 @@ def measure(work: Path, size: float, rounds: int, peft_rounds: int) -> None:
     for name in chosen:
         jobs[f"peftc, {name}"] = ([*peftc, "--adapter", str(work / name)], rounds)
     for name in chosen:
-        command = [sys.executable, "-c", PEFT, str(base), str(work / name), str(out)]
-        jobs[f"PEFT, {name}"] = (command, peft_rounds)
+        merge = shlex.join([sys.executable, "-c", PEFT, str(base), str(work / name), str(out)])
+        jobs[f"PEFT + fsync, {name}"] = (["sh", "-c", f"{merge} && sync '{out}'/*"], peft_rounds)
     jobs["peftc inspect"] = ([sys.executable, "-m", "peftc", "inspect", str(base)], rounds)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
     checked = {}

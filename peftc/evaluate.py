@@ -9,11 +9,12 @@ x·Wᵀ are rows of W. An operator that is not in the table is evaluated whole, 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from peftc.errors import CheckpointError
 from peftc.graphs import Spec, aten
 from peftc.safetensors_file import TensorRef
 
-CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: a few of them stay in a core's cache
+CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: in the caches still, and few calls from Python
 _POINTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
 _IN_PLACE: dict[Any, Any] = {
     aten.add.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
     aten.mul.Tensor: torch.mul,
 }
+_SHORT_SUM = 128
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _FRESH = {aten.mm.default, aten.linear.default, *_IN_PLACE}  # whose results are no views
 
 
@@ -46,6 +49,14 @@ def single_threaded() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed: each fresh buffer costs its page faults again."""
+    with suppress(AttributeError, OSError):  # glibc's own; other libraries have no such knob
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(option, 256 << 20)
 
 
 def chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
@@ -133,6 +144,8 @@ class Evaluation:
             return whole[low:high] if whole.dim() else whole
         if node.op == "get_attr":
             result = self._constant(str(node.target), (low, high))
+        elif node in self.plan.products:
+            result = self._product(node, done, low, high)
         else:
             which = self.plan.sliced[node]
             args = [
@@ -142,6 +155,18 @@ class Evaluation:
             result = self._call(node, args)
         done[node] = result
         return result
+
+    def _product(
+        self, node: fx.Node, done: dict[fx.Node, torch.Tensor], low: int, high: int
+    ) -> torch.Tensor:
+        """W + s·B·A in one call."""
+        product, scale = self.plan.products[node]
+        base, (b, a) = node.args[0], product.args
+        assert isinstance(base, fx.Node) and isinstance(a, fx.Node) and isinstance(b, fx.Node)
+        onto = self._slice(base, done, low, high)
+        spare = onto if self._is_spare(node, base) else None
+        rows = self._slice(b, done, low, high)
+        return torch.addmm(onto, rows, self._value(a), alpha=scale, out=spare)
 
     def _value(self, node: fx.Node) -> torch.Tensor:
         if node not in self._whole:
@@ -171,16 +196,18 @@ class Evaluation:
     def _spare(self, node: fx.Node, args: list[Any]) -> torch.Tensor | None:
         """An argument computed here for this node alone, whose memory the result may take."""
         for argument, tensor in zip(node.args, args, strict=True):
-            if (
-                isinstance(argument, fx.Node)
-                and argument in self.plan.sliced
-                and len(argument.users) == 1
-                and argument.target in _FRESH
-                and self.plan.specs[argument].shape == self.plan.specs[node].shape
-            ):
+            if isinstance(argument, fx.Node) and self._is_spare(node, argument):
                 assert isinstance(tensor, torch.Tensor)
                 return tensor
         return None
+
+    def _is_spare(self, node: fx.Node, argument: fx.Node) -> bool:
+        return (
+            argument in self.plan.sliced
+            and len(argument.users) == 1
+            and argument.target in _FRESH
+            and self.plan.specs[argument].shape == self.plan.specs[node].shape
+        )
 
     def _constant(self, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
         constant = self.constants[name]
@@ -218,6 +245,27 @@ class _Plan:
                     (demanded if i in rule else whole).add(argument)
         shape = self.specs[out].shape or (1,)
         self.size = shape[-1 if out in self.activations else 0]
+        found = {node: self._product(node) for node in self.sliced}
+        self.products = {node: product for node, product in found.items() if product}
+
+    def _product(self, node: fx.Node) -> tuple[fx.Node, float] | None:
+        """The B·A and s of a sum W + s·B·A that one `addmm` computes to the same bits.
+
+        So it is for a power of two, whose product is exact, and for a sum over few terms, which
+        BLAS forms before it adds them to W.
+        """
+        if node.target is not aten.add.Tensor or node in self.activations:
+            return None
+        term, scale = node.args[1], 1.0
+        if isinstance(term, fx.Node) and term.target is aten.mul.Tensor and len(term.users) == 1:
+            term, factor = term.args
+            scale = factor if isinstance(factor, (int, float)) else 0.0
+        if not isinstance(term, fx.Node) or term.target is not aten.mm.default:
+            return None
+        inner = self.specs[term.args[1]].shape[0]  # type: ignore[index]
+        exact = abs(math.frexp(scale)[0]) == 0.5 and inner <= _SHORT_SUM
+        shapes = {self.specs[n].shape for n in (node, node.args[0], term)}  # type: ignore[index]
+        return (term, scale) if exact and len(shapes) == len(term.users) == 1 else None
 
     def _rule(self, node: fx.Node) -> frozenset[int] | None:
         if node.op == "get_attr":

@@ -25,7 +25,14 @@ from blake3 import blake3
 from peftc.artifact import Staging
 from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
 from peftc.errors import CheckpointError
-from peftc.evaluate import Evaluation, chunks, read, single_threaded, value
+from peftc.evaluate import (
+    Evaluation,
+    chunks,
+    keep_freed_memory,
+    read,
+    single_threaded,
+    value,
+)
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
 
@@ -92,6 +99,7 @@ def link(
     Returns:
         What the watchers measured, by tensor.
     """
+    keep_freed_memory()
     workers = workers or len(os.sched_getaffinity(0))
     measured: dict[str, Any] = {}
     todo = []
