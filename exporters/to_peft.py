@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,33 +66,41 @@ def write_adapter(
     tensors = {
         key: value(program.constants[fqn]).contiguous() for key, fqn in adapter.tensors.items()
     }
+    modules, experts = _targets(program, adapter)
     config = {
         **adapter.config,
         "base_model_name_or_path": base or program.source.name,
         "task_type": _task(program),
         "inference_mode": True,
-        "target_modules": _targets(program, adapter),
-        "fan_in_fan_out": any(program.sites[s].kind.transposed for s in _sites(program, adapter)),
+        "target_modules": modules,
+        "fan_in_fan_out": any(program.sites[s].kind.name == "conv1d" for s in adapter.sites),
     }
+    if experts:
+        config["target_parameters"] = experts
     # The patterns keep their order, for the first that matches counts.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     stage.add(folder + CONFIG, text.encode())
     stage.add(folder + WEIGHTS, save(tensors, metadata={"format": "pt"}))
 
 
-def _sites(program: Program, adapter: Adapter) -> list[str]:
-    """The sites that carry tensors of the adapter's own, in the model's order."""
-    own = set(adapter.tensors.values()) - set(program.stored.values())
-    found = {program.site_of(fqn)[0] for fqn in own}
-    return [fqn for fqn in program.sites if fqn in found]
+def _targets(program: Program, adapter: Adapter) -> tuple[list[str], list[str]]:
+    """The shortest names that select an adapter's modules, and its parameters of experts."""
+    from peftc.kinds import ExpertsKind
+
+    experts = [s for s in adapter.sites if isinstance(program.sites[s].kind, ExpertsKind)]
+    modules = [s for s in adapter.sites if s not in set(experts)]
+    return _shortest(modules, program.modules, 1), _shortest(experts, program.sites, 3)
 
 
-def _targets(program: Program, adapter: Adapter) -> list[str]:
-    """The shortest names that select these sites and no other module: suffixes, or whole names."""
-    sites = _sites(program, adapter)
-    suffixes = sorted({fqn.rsplit(".", 1)[-1] for fqn in sites})
-    chosen = {m for m in program.modules if m.rsplit(".", 1)[-1] in suffixes}
-    return suffixes if chosen == set(sites) else sorted(sites)
+def _shortest(chosen: Sequence[str], names: Iterable[str], parts: int) -> list[str]:
+    """Last parts of names that select just the chosen ones, or their whole names."""
+
+    def last(name: str) -> str:
+        return ".".join(name.split(".")[-parts:])
+
+    suffixes = sorted({last(name) for name in chosen})
+    selected = {name for name in names if last(name) in suffixes}
+    return suffixes if selected == set(chosen) else sorted(chosen)
 
 
 def _task(program: Program) -> str | None:

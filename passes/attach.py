@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
@@ -21,7 +22,7 @@ from peftc.errors import (
     raise_all,
 )
 from peftc.registry import method_for
-from peftc.targets import unbound_patterns
+from peftc.targets import LINEARS, unbound_patterns
 
 if TYPE_CHECKING:
     from peftc.adapter import AdapterDirectory
@@ -112,7 +113,7 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
 def _method(directory: AdapterDirectory) -> Method:
     config = directory.config
     try:
-        return method_for(config["peft_type"]).from_peft(config)
+        return method_for(config).from_peft(config)
     except ValidationError as error:
         first = error.errors()[0]
         raise AdapterError(
@@ -133,9 +134,10 @@ def _sort(
     given: dict[str, dict[str, Constant]] = {}
     loose: dict[str, Constant] = {}
     strays: list[str] = []
+    experts = _experts(program, directory.config)
     for key, leaf in directory.leaves().items():
         path = key.removeprefix(PEFT_PREFIX)
-        site, suffix = program.site_of(path)
+        site, suffix = _place(program, experts, path)
         if path == key:
             strays.append(key)
         elif ".base_layer." in path and _same(program, path.replace(".base_layer.", "."), leaf):
@@ -157,7 +159,7 @@ def _sort(
                 f"belongs to another architecture: none of its {len(strays)} tensors match, such "
                 f"as {strays[0]}",
                 where=str(directory.path),
-                fix=f"this model's layers are named like {next(iter(program.sites), '(none)')}; "
+                fix=f"this model's layers are named like {_typical(program)}; "
                 f"adapter keys like {PEFT_PREFIX}<layer>.lora_A.weight",
             )
         )
@@ -180,6 +182,34 @@ def _sort(
             )
         )
     return given, loose, errors
+
+
+def _experts(program: Program, config: Mapping[str, Any]) -> dict[str, str]:
+    """The site of each module under which PEFT keeps what belongs to a parameter of experts."""
+    from peftc.program import peft_path
+
+    patterns = [str(p) for p in config.get("target_parameters") or ()]
+    names = [
+        fqn
+        for fqn, site in program.sites.items()
+        if site.kind.name == "experts" and any(fqn == p or fqn.endswith(f".{p}") for p in patterns)
+    ]
+    return {peft_path(program, names, fqn): fqn for fqn in names}
+
+
+def _place(program: Program, experts: Mapping[str, str], path: str) -> tuple[str | None, str]:
+    """The site of a tensor's path, and its name there."""
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        if (head := ".".join(parts[:cut])) in experts:
+            return experts[head], ".".join(parts[cut:])
+    return program.site_of(path)
+
+
+def _typical(program: Program) -> str:
+    """The name of a linear layer."""
+    linears = (fqn for fqn, site in program.sites.items() if site.kind.name in LINEARS)
+    return next(linears, "(none)")
 
 
 def _same(program: Program, fqn: str, leaf: Constant) -> bool:

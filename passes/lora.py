@@ -8,26 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from peftc.contract import Method
+from peftc.contract import ALL_KINDS, Method
 from peftc.errors import AdapterError, PassError, PeftcError
-from peftc.targets import Pattern, pattern_key, unbound_patterns
+from peftc.targets import Names, Pattern, Targets, pattern_key, unbound_patterns
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from peftc.program import Program
     from peftc.sites import SiteEditor
 
-# Keys of PEFT's LoraConfig that do not change what a trained adapter computes.
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "loftq_config", "lora_ga_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "task_type",
-}  # fmt: skip
-_FIELDS = {
-    "r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "exclude_modules": "exclude",
-    "layers_to_transform": "layers", "layers_pattern": "layers_pattern", "use_rslora": "rslora",
-    "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "lora_dropout": "dropout",
-    "bias": "bias", "lora_bias": "lora_bias",
-}  # fmt: skip
 # Starts that do not touch the base's weights; the others subtract what they took from it.
 _STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "none"}
 
@@ -36,6 +26,19 @@ class Lora(Method):
     """Inject low-rank branches: y + s·B(A(dropout(x))), with B zero at the start."""
 
     peft_type: ClassVar[str | None] = "LORA"
+    peft_fields: ClassVar[Mapping[str, str]] = {
+        "r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern", "lora_dropout": "dropout", "bias": "bias",
+        "lora_bias": "lora_bias", "target_parameters": "parameters",
+    }  # fmt: skip
+    peft_defaults: ClassVar[Mapping[str, Any]] = {"r": 8, "lora_alpha": 8}
+    peft_neutral: ClassVar[frozenset[str]] = frozenset(
+        {
+            "corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_ga_config",
+            "megatron_core", "qalora_group_size",
+        }
+    )  # fmt: skip
+    kinds: ClassVar[frozenset[str]] = ALL_KINDS
 
     rank: int = Field(16, gt=0, description="rank of A and B")
     alpha: float | None = Field(
@@ -59,15 +62,40 @@ class Lora(Method):
         {}, description="alphas by module: q_proj=64"
     )
 
+    parameters: Names | None = Field(
+        None,
+        description="parameters of fused experts, beside targets: mlp.experts.gate_up_proj",
+    )
+
     def inject(self, site: SiteEditor) -> None:
-        rank = self.rank_at(site.site.fqn)
-        start = ("kaiming_uniform", 1.0) if self.init == "kaiming" else ("gaussian", 1 / rank)
-        a = site.parameter("lora_A.weight", (rank, site.site.in_features), *start)  # type: ignore[arg-type]
-        b = site.parameter("lora_B.weight", (site.site.out_features, rank))
-        bias = site.parameter("lora_B.bias", (site.site.out_features,)) if self.lora_bias else None
-        x = site.dropout("lora_dropout", self.dropout, site.type_as(site.x, a))
-        branch = site.linear(site.linear(x, a), b, bias)
+        a, b = self.factors(site)
+        bias = site.parameter("lora_B.bias", (site.out_features,)) if self.lora_bias else None
+        x = site.dropout("lora_dropout", self.dropout, site.cast_input(a))
+        branch = site.mix(site.apply(a, x), b, bias)
         site.add_to_output(site.mul(branch, self.scale_at(site.site.fqn)))
+
+    def factors(self, site: SiteEditor) -> tuple[fx.Node, fx.Node]:
+        """A and B as matrices (rank, in) and (out, rank); PEFT names an embedding's its own way."""
+        rank = self.rank_at(site.site.fqn)
+        if site.kind.name == "embedding":
+            b = site.up("lora_embedding_B", rank, "gaussian")
+            return site.down("lora_embedding_A", rank), b
+        start = ("kaiming_uniform", 1.0) if self.init == "kaiming" else ("gaussian", 1 / rank)
+        a = site.down("lora_A.weight", rank, *start)  # type: ignore[arg-type]
+        return a, site.up("lora_B.weight", rank)
+
+    def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:
+        if not self.parameters:
+            return super().pick(program)
+        experts = Targets(
+            targets=self.parameters,
+            exclude=self.exclude, layers=self.layers, layers_pattern=self.layers_pattern,
+        )  # fmt: skip
+        chosen, errors = experts.pick(program)
+        if self.targets:
+            others, more = super().pick(program)
+            chosen, errors = [*others, *chosen], [*errors, *more]
+        return [fqn for fqn in program.sites if fqn in set(chosen)], errors
 
     def rank_at(self, fqn: str) -> int:
         """The rank at one site."""
@@ -106,46 +134,29 @@ class Lora(Method):
                 )
         return errors
 
-    def trainable_biases(self, program: Program, sites: list[str]) -> list[str]:
+    def trains(self, program: Program, sites: list[str]) -> list[str]:
+        whole = super().trains(program, sites)
+        known = program.stored.values()
         if self.bias == "none":
-            return []
-        known = set(program.stored.values())
-        if self.bias == "lora_only":
-            return [f"{fqn}.bias" for fqn in sites if f"{fqn}.bias" in known]
-        return [fqn for fqn in program.stored.values() if fqn.endswith(".bias")]
+            return whole
+        own = {f"{fqn}.bias" for fqn in sites} if self.bias == "lora_only" else None
+        biases = [f for f in known if f.endswith(".bias") and (own is None or f in own)]
+        return list(dict.fromkeys((*whole, *biases)))
 
     def peft_config(self) -> dict[str, Any]:
         alpha = self.alpha if self.alpha is not None else self.rank
         return {
-            "peft_type": self.peft_type,
-            "r": self.rank,
+            **super().peft_config(),
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rslora,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
-            "bias": self.bias,
-            "lora_bias": self.lora_bias,
             "init_lora_weights": True if self.init == "kaiming" else "gaussian",
         }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        unknown = sorted(k for k, v in config.items() if v and k not in _NEUTRAL | set(_FIELDS))
-        if unknown:
-            raise AdapterError(
-                f"the adapter uses {', '.join(unknown)}, which peftc cannot attach yet",
-                fix="merge it with PEFT",
-            )
         start = str(config.get("init_lora_weights", True)).lower()
         if start not in _STARTS:
             raise AdapterError(
                 f"the adapter was started by {start!r}, which changed the base's weights too",
                 fix="save it with PEFT's path_initial_model_for_weight_conversion",
             )
-        # PEFT's own defaults stand for keys that a file leaves out.
-        given = {"r": 8, "lora_alpha": 8, **{k: v for k, v in config.items() if v is not None}}
-        pattern = given.get("layers_pattern")
-        if isinstance(pattern, list):
-            given["layers_pattern"] = "|".join(pattern) or None
-        return cls(**{name: given[key] for key, name in _FIELDS.items() if key in given})
+        return super().from_peft(config)

@@ -1,14 +1,17 @@
-"""Folding: a site whose output is affine in its input becomes one linear over derived constants.
+"""Folding: a site whose output is affine in its input becomes its own plain map again.
 
 Each value of a site's graph is constant, affine in x (x·Wᵀ + b, with W and b constants) or neither.
 The rules below say how an operator carries that on; none of them knows a fine-tuning method. W and
 b are not computed here: they are written down as graphs over the site's constants, in the order of
 operations in which a reader would write them, and evaluated when they are linked.
+
+What is not affine becomes a new input of what follows. So where a nonlinearity stands in the way,
+the affine parts before and behind it fold, and the rest stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,37 +19,44 @@ import torch
 from torch import fx
 
 from peftc import graphs
-from peftc.constants import Constant, Initial, cast, derive
-from peftc.errors import FoldError, PeftcError
+from peftc.constants import Constant, Initial, cast, derive, widened
+from peftc.errors import FoldError
 from peftc.graphs import Builder, Spec, aten
+from peftc.kinds import Kind
+from peftc.layout import transposed
 from peftc.program import Program, Unfolded
+from peftc.rules import RULES, Affine, Context
 from peftc.sites import Site
 
 
 @dataclass(frozen=True)
-class Affine:
-    """x·Wᵀ + b, with W and b nodes of the constants' graph; None stands for identity and zero."""
-
-    weight: fx.Node | None
-    bias: fx.Node | None
-
-
-@dataclass(frozen=True)
 class Folded:
-    """The graphs of a folded site's stored weight and bias."""
+    """A folded site: its graph, and a graph for each constant that folding made.
 
-    weight: fx.Graph
-    bias: fx.Graph | None
+    Attributes:
+        graph: The plain graph, or what is left of the old one.
+        made: For each constant of the folded graph that is not the site's own, by its local name,
+            the graph that gives it; None stands for zeros.
+        obstacle: The node that is not affine in x, if one is.
+    """
+
+    graph: fx.Graph
+    made: Mapping[str, fx.Graph | None]
+    obstacle: str | None
 
 
-def fold_sites(program: Program) -> tuple[Program, list[FoldError]]:
-    """Rewrites every site that was rewritten to its template over derived constants.
+def fold_sites(program: Program, partly: bool = False) -> tuple[Program, list[FoldError]]:
+    """Rewrites every site that was rewritten to its plain graph over derived constants.
+
+    Args:
+        program: What to fold.
+        partly: Fold the affine parts of a site that is not affine as a whole.
 
     Returns:
         The program with all folded that can be, and an error for each site that cannot: it names
         the node that is not affine in x.
     """
-    plain: list[Site] = []
+    done: list[Site] = []
     constants: dict[str, Constant] = {}
     unfolded: dict[str, Unfolded] = {}
     spent: set[str] = set()
@@ -59,9 +69,13 @@ def fold_sites(program: Program) -> tuple[Program, list[FoldError]]:
         try:
             folded = _fold(site, tuple(sorted(program.specs(site).items())))
         except FoldError as error:
-            errors.append(error)
+            errors.append(FoldError(error.what, where=fqn, fix=error.fix))
             continue
-        if folded.bias is not None and not site.bias:
+        if folded.obstacle is not None:
+            errors.append(_refusal(fqn, folded.obstacle))
+            if not partly or not folded.made:
+                continue
+        if "bias" in folded.made and not site.bias and folded.made["bias"] is not None:
             errors.append(
                 FoldError(
                     "folding gives it a bias, and the model has no place for one",
@@ -71,225 +85,198 @@ def fold_sites(program: Program) -> tuple[Program, list[FoldError]]:
             )
             continue
         bindings = program.bindings(site)
-        made = {f"{fqn}.weight": _bind(folded.weight, bindings, program, f"{fqn}.weight")}
-        if site.bias:
-            made[f"{fqn}.bias"] = _bind(folded.bias, bindings, program, f"{fqn}.bias")
-        plain.append(replace(site, graph=site.plain, dropouts={}))
+        kept = {site.name(local) for local in graphs.constant_names(folded.graph)}
+        made = {
+            site.name(local): _bind(graph, bindings, program, site.name(local))
+            for local, graph in folded.made.items()
+            if local != "bias" or site.bias
+        }
+        done.append(replace(site, graph=folded.graph, dropouts=_left(site, folded.graph)))
         unfolded[fqn] = Unfolded(site, bindings)
         constants |= made
-        spent |= {f"{fqn}.{name}" for name in bindings} - set(made)
-        spent |= {tensor for tensor in owned if tensor.startswith(f"{fqn}.")}
-    if not plain:
+        spent |= {site.name(local) for local in bindings} - kept - stored
+        if folded.obstacle is None:
+            spent |= {t for t in owned if t.startswith((f"{fqn}.", f"{fqn}_"))}
+    if not done:
         return program, errors
-    done = program.rewrite(plain, constants, unfolded={**program.unfolded, **unfolded})
-    return done.without(spent), errors
+    after = program.rewrite(done, constants, unfolded={**program.unfolded, **unfolded})
+    return after.without(spent), errors
+
+
+def _refusal(fqn: str, obstacle: str) -> FoldError:
+    return FoldError(
+        f"node {obstacle} is not affine in the site's input",
+        where=fqn,
+        fix="keep this branch unmerged, or export it with its adapter",
+    )
+
+
+def _left(site: Site, graph: fx.Graph) -> dict[str, float]:
+    """The dropouts that a graph still calls."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return {name: p for name, p in site.dropouts.items() if name in called}
 
 
 def _bind(
     graph: fx.Graph | None, bindings: Mapping[str, Constant], program: Program, fqn: str
 ) -> Constant:
     """The constant that takes the place of a stored one; without a graph, zeros."""
-    old = program.constants[fqn]
+    old = program.constants.get(fqn)
+    dtype = (old or bindings["weight"]).spec.dtype
     if graph is None:
+        assert old is not None
         return Initial(fqn, old.spec, "zeros")
     if graphs.output(graph).op == "get_attr":
-        return cast(bindings[str(graphs.output(graph).target)], old.spec.dtype)
-    return derive(graph, bindings, old.spec.dtype)
+        return cast(bindings[str(graphs.output(graph).target)], dtype)
+    return derive(graph, bindings, dtype)
 
 
-_folds: dict[Any, Folded | PeftcError] = {}
+_folds: dict[Any, Folded | FoldError] = {}
 
 
 def _fold(site: Site, specs: tuple[tuple[str, Spec], ...]) -> Folded:
     """Folds a graph once for all sites that share it and their constants' shapes."""
-    key = site.graph, site.kind, specs
+    key = site.graph, site.kind, site.shape, specs
     if key not in _folds:
         try:
             _folds[key] = _Folding(site, dict(specs)).run()
         except FoldError as error:
             _folds[key] = error
     result = _folds[key]
-    if isinstance(result, PeftcError):
-        raise FoldError(result.what, where=site.fqn, fix=result.fix)
+    if isinstance(result, FoldError):
+        raise result
     return result
 
 
-class _Folding:
+def fold_graph(site: Site, tensors: Mapping[str, torch.Tensor]) -> Folded:
+    """Folds a graph that is no program's yet, given examples of its constants.
+
+    Raises:
+        FoldError: Its output does not depend on its input.
+    """
+    return _Folding(site, {n: Spec(tuple(t.shape), t.dtype) for n, t in tensors.items()}).run()
+
+
+class _Folding(Context):
     """The abstract interpretation of one site's graph."""
 
     def __init__(self, site: Site, specs: dict[str, Spec]) -> None:
-        self.site = site
-        x = Spec((2, site.in_features), torch.float32)
-        fp32 = {name: Spec(spec.shape, torch.float32) for name, spec in specs.items()}
-        self.specs = graphs.propagate(site.graph, fp32, x)
+        self.site, self.kind = site, site.kind
         self.build = Builder()
+        fp32 = {name: widened(spec) for name, spec in specs.items()}
+        inputs = site.kind.specs(site.shape, torch.float32)
+        self.specs = graphs.propagate(site.graph, fp32, inputs)
         self.values: dict[fx.Node, fx.Node | Affine] = {}
+        self.obstacle: str | None = None
 
     def run(self) -> Folded:
         for node in self.site.graph.nodes:
-            if node.op == "output":
-                break
-            self.values[node] = self._value(node)
+            if node.op != "output":
+                self.values[node] = self._value(node)
         result = self.values[graphs.output(self.site.graph)]
         if not isinstance(result, Affine):
             raise FoldError("its output does not depend on its input", where=self.site.fqn)
-        weight = self._matrix(result)
-        if self.site.kind.transposed:
-            weight = transposed(self.build, weight)
-        bias = None if result.bias is None else _extract(result.bias)
-        return Folded(_extract(weight), bias)
+        if result.base.op == "placeholder":
+            shape = self.site.shape
+            stored = self.kind.stored(self.build, self.matrix(result), shape)
+            made = {"weight": _extract(settled(self.build, stored, self.kind))}
+            bias = None if result.bias is None else _extract(result.bias)
+            return Folded(
+                self.site.plain, {**made, "bias": bias} if self._biased(bias) else made, None
+            )
+        return self._rest(result)
+
+    def _biased(self, bias: fx.Graph | None) -> bool:
+        return bias is not None or self.site.bias
 
     def _value(self, node: fx.Node) -> fx.Node | Affine:
         if node.op == "placeholder":
-            return Affine(None, None)
+            return Affine(node)
         if node.op == "get_attr":
             return self.build.const(str(node.target))
-        operands = [self.values[a] if isinstance(a, fx.Node) else a for a in node.args]
+        operands = [self._operand(argument) for argument in node.args]
         if node.target is aten.type_as.default:
-            return operands[0]  # type: ignore[return-value]  # in fp32 a cast is nothing
-        if not any(isinstance(operand, Affine) for operand in operands):
+            return operands[0]  # type: ignore[no-any-return]  # in fp32 a cast is nothing
+        if not any(isinstance(self.values[n], Affine) for n in node.all_input_nodes):
             assert callable(node.target)
             return self.build.op(node.target, *operands)
         rule = RULES.get("dropout" if node.op == "call_module" else node.target)
         result = rule(self, node, *operands) if rule else None
-        if result is None:
-            raise FoldError(
-                f"node {node.name} ({node.target}) is not affine in the site's input",
-                where=self.site.fqn,
-                fix="keep this branch unmerged, or export it with its adapter",
-            )
-        return result
+        if result is not None:
+            return result
+        if self.obstacle is None:
+            self.obstacle = f"{node.name} ({node.target})"
+        return Affine(node)
 
-    def _matrix(self, value: Affine) -> fx.Node:
-        """W, with the identity written out."""
-        if value.weight is not None:
-            return value.weight
-        return self.build.op(aten.eye.default, self.site.in_features)
+    def _operand(self, argument: Any) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return [self._operand(item) for item in argument]
+        return self.values[argument] if isinstance(argument, fx.Node) else argument
 
-    def _wide(self, bias: fx.Node | None, node: fx.Node) -> fx.Node | None:
-        """A bias that may be of one element, as wide as the value that it belongs to."""
-        width = self.specs[node].shape[-1]
-        narrow = any(self.specs[a].shape[-1:] != (width,) for a in node.all_input_nodes)
-        return self.build.op(aten.expand.default, bias, [width]) if bias and narrow else bias
+    def _rest(self, result: Affine) -> Folded:
+        """What is left of a graph with a nonlinearity: each affine part before or behind it."""
+        build = Builder()
+        done: dict[fx.Node, fx.Node] = {}
+        made: dict[str, fx.Graph | None] = {}
 
-    def _rank(self, node: Any) -> int:
-        """The number of dimensions of an operand; a number has none."""
-        return len(self.specs[node].shape) if isinstance(node, fx.Node) else 0
+        def node_of(old: fx.Node) -> fx.Node:
+            value = self.values[old]
+            if isinstance(value, Affine):
+                return of(value)
+            return _copy(value, build)
 
+        def of(value: Affine) -> fx.Node:
+            base = at(value.base)
+            if value.weight is None and value.bias is None and not value.pre:
+                return base
+            weight = constant("weight", self.matrix(value))
+            bias = None if value.bias is None else constant("bias", value.bias)
+            return self.kind.mix(build, base, weight, bias) if value.base.op != "placeholder" else (
+                self.kind.apply(build, base, weight, bias))  # fmt: skip
 
-def _linear(
-    f: _Folding, node: fx.Node, x: Any, weight: Any, bias: fx.Node | None = None
-) -> Affine | None:
-    if not isinstance(x, Affine) or isinstance(weight, Affine) or isinstance(bias, Affine):
-        return None
-    matrix = weight if x.weight is None else f.build.mm(weight, x.weight)
-    return Affine(matrix, bias if x.bias is None else f.build.linear(x.bias, weight, bias))
+        def constant(role: str, node: fx.Node) -> fx.Node:
+            if node.op == "get_attr":
+                return build.const(str(node.target))
+            graph = _extract(node)
+            local = role if role in graphs.constant_names(graph) and role not in made else None
+            local = local or f"folded_{len(made)}.{role}"
+            stored = node
+            if local == "weight":
+                stored = settled(
+                    self.build, self.kind.stored(self.build, node, self.site.shape), self.kind
+                )
+            made[local] = _extract(stored)
+            const = build.const(local)
+            return self.kind.matrix(build, const) if local == "weight" else const
 
+        def at(old: fx.Node) -> fx.Node:
+            if old not in done:
+                if old.op == "placeholder":
+                    done[old] = build.input(str(old.target))
+                else:
+                    args = fx.node.map_arg(old.args, node_of)
+                    done[old] = build.graph.create_node(old.op, old.target, args)
+            return done[old]
 
-def _matmul(f: _Folding, node: fx.Node, x: Any, matrix: Any) -> Affine | None:
-    if isinstance(matrix, Affine) or f._rank(node.args[1]) != 2:
-        return None
-    return _linear(f, node, x, transposed(f.build, matrix))
-
-
-def _add(f: _Folding, node: fx.Node, a: Any, b: Any) -> Affine | None:
-    if isinstance(a, Affine) and isinstance(b, Affine):
-        weight = f.build.add(f._matrix(a), f._matrix(b))
-        bias = f.build.add(a.bias, b.bias) if a.bias and b.bias else a.bias or b.bias
-        return Affine(weight, f._wide(bias, node))
-    (value, constant), argument = ((a, b), node.args[1]) if isinstance(a, Affine) else (
-        (b, a), node.args[0])  # fmt: skip
-    if f._rank(argument) != 1 or f.specs[node].shape != f.specs[_other(node, argument)].shape:
-        return None
-    bias = constant if value.bias is None else f.build.add(value.bias, constant)
-    return Affine(value.weight, f._wide(bias, node))
-
-
-def _sub(f: _Folding, node: fx.Node, a: Any, b: Any) -> Affine | None:
-    minus = _scaled(f, b, -1.0) if isinstance(b, Affine) else f.build.mul(b, -1.0)
-    return _add(f, node, a, minus)
-
-
-def _mul(f: _Folding, node: fx.Node, a: Any, b: Any) -> Affine | None:
-    if isinstance(a, Affine) and isinstance(b, Affine):
-        return None
-    value, factor, argument = (a, b, node.args[1]) if isinstance(a, Affine) else (
-        b, a, node.args[0])  # fmt: skip
-    return _scale(f, node, value, factor, argument, aten.mul.Tensor)
+        build.graph.output(of(result))
+        return Folded(graphs.intern(build.graph), made, self.obstacle)
 
 
-def _div(f: _Folding, node: fx.Node, a: Any, b: Any) -> Affine | None:
-    if isinstance(b, Affine):
-        return None
-    return _scale(f, node, a, b, node.args[1], aten.div.Tensor)
-
-
-def _neg(f: _Folding, node: fx.Node, a: Any) -> Affine | None:
-    return _scaled(f, a, -1.0)
-
-
-def _dropout(f: _Folding, node: fx.Node, a: Any) -> Affine | None:
-    return a if isinstance(a, Affine) else None
-
-
-def _scaled(f: _Folding, value: Affine, factor: float) -> Affine:
-    bias = None if value.bias is None else f.build.mul(value.bias, factor)
-    return Affine(f.build.mul(f._matrix(value), factor), bias)
-
-
-def _scale(
-    f: _Folding, node: fx.Node, value: Affine, factor: Any, argument: Any, op: Any
-) -> Affine | None:
-    """Scales by a number, a scalar or one factor per output feature."""
-    rank = f._rank(argument)
-    if rank > 1 or f.specs[node].shape != f.specs[_other(node, argument)].shape:
-        return None
-    rows = f.build.op(aten.unsqueeze.default, factor, 1) if rank == 1 else factor
-    bias = None if value.bias is None else f.build.op(op, value.bias, factor)
-    return Affine(f.build.op(op, f._matrix(value), rows), bias)
-
-
-def _other(node: fx.Node, argument: Any) -> fx.Node:
-    a, b = node.args[:2]
-    other = b if argument is a else a
-    assert isinstance(other, fx.Node)
-    return other
-
-
-Rule = Callable[..., Affine | None]
-RULES: dict[Any, Rule] = {
-    aten.linear.default: _linear,
-    aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _sub,
-    aten.mul.Tensor: _mul,
-    aten.div.Tensor: _div,
-    aten.neg.default: _neg,
-    "dropout": _dropout,
-}
-
-
-def transposed(build: Builder, node: fx.Node) -> fx.Node:
-    """The transpose of a matrix, moved to its leaves so that its rows can be had one by one."""
+def settled(build: Builder, node: fx.Node, kind: Kind) -> fx.Node:
+    """A stored weight's graph with transposes at its leaves, so that rows can be had one by one."""
     if node.target is aten.t.default:
         inner = node.args[0]
         assert isinstance(inner, fx.Node)
-        return inner
-    if node.target is aten.mm.default:
-        a, b = node.args
-        assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
-        return build.mm(transposed(build, b), transposed(build, a))
-    if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        a, b = node.args
-        assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
-        assert callable(node.target)
-        return build.op(node.target, transposed(build, a), transposed(build, b))
-    if node.target in (aten.mul.Tensor, aten.div.Tensor) and not isinstance(node.args[1], fx.Node):
-        a, number = node.args
-        assert isinstance(a, fx.Node) and callable(node.target)
-        return build.op(node.target, transposed(build, a), number)
-    return build.t(node)
+        return transposed(build, inner)
+    return node
+
+
+def _copy(node: fx.Node, build: Builder) -> fx.Node:
+    """A constant's node in another graph."""
+    if node.op == "get_attr":
+        return build.const(str(node.target))
+    args = fx.node.map_arg(node.args, lambda n: _copy(n, build))
+    return build.graph.create_node(node.op, node.target, args)
 
 
 def _extract(result: fx.Node) -> fx.Graph:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from peftc import graphs
 from peftc.checkpoint import Checkpoint, resolve
-from peftc.constants import Constant, Held, Leaf
+from peftc.constants import Constant, Held, Leaf, derive
+from peftc.conversion import arrange
 from peftc.errors import CaptureError
+from peftc.graphs import Builder, aten
+from peftc.kinds import restore
 from peftc.outline import Outline, architecture, checkpoint_outline, outline_of
-from peftc.program import OutputFile, Program
-from peftc.sites import KINDS, Site, template
+from peftc.program import OutputFile, Part, Program
+from peftc.roles import Roles, trace
+from peftc.sites import Site, template, tensor_name
 
 
 def capture(source: str | Path | nn.Module) -> Program:
@@ -42,6 +48,7 @@ class CheckpointSource:
 
     checkpoint: Checkpoint
     name: str
+    outline: Outline
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -66,6 +73,9 @@ class CheckpointSource:
 
     def pin(self) -> dict[str, Any]:
         return self.checkpoint.pin()
+
+    def roles(self) -> Roles | None:
+        return self.outline.roles
 
 
 @dataclass(frozen=True)
@@ -94,14 +104,47 @@ class ModuleSource:
     def pin(self) -> dict[str, Any]:
         return {"module": f"{type(self.module).__module__}.{type(self.module).__qualname__}"}
 
+    def roles(self) -> Roles | None:
+        return _traced(self.module)
+
+
+_roles: WeakKeyDictionary[nn.Module, Roles | None] = WeakKeyDictionary()
+
+
+def _traced(module: nn.Module) -> Roles | None:
+    """The roles of a live module, found out once."""
+    if module not in _roles:
+        _roles[module] = trace(module)
+    return _roles[module]
+
 
 def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
     """Captures an opened checkpoint by its outline; its tensors become leaves."""
     outline = checkpoint_outline(checkpoint)
-    stored = _stored_names(checkpoint, outline)
-    constants: dict[str, Constant] = {
-        fqn: Leaf(checkpoint.tensors[key]) for key, fqn in stored.items()
+    tensors = {key: Leaf(ref) for key, ref in checkpoint.tensors.items()}
+    shapes = {key: leaf.ref.shape for key, leaf in tensors.items()}
+    found = arrange(shapes, outline.conversions, outline.tensors, outline.prefix)
+    # What is not read as the live tensor of its name must not be taken for it.
+    stored = {
+        k: f"{k} (as stored)" if k in found.unread else fqn for k, fqn in found.stored.items()
     }
+    if not outline.tensors.keys() & stored.values():
+        raise CaptureError(
+            f"none of its tensors belongs to its architecture: it holds "
+            f"{next(iter(tensors), 'nothing')}, and {min(outline.tensors)} is asked for",
+            where=str(checkpoint.path),
+            fix="use the config.json that belongs to these weights",
+        )
+    parts = {
+        key: Part(tensors[key], place.index, place.low, place.high)
+        for key, place in found.places.items()
+    }
+    constants: dict[str, Constant] = {
+        fqn: tensors[key] for key, fqn in stored.items() if key not in parts
+    }
+    for fqn, matrices in found.fused.items():
+        stacked = parts[matrices[0][0]].index is not None
+        constants[fqn] = _fused([[tensors[key] for key in keys] for keys in matrices], stacked)
     wrong = [
         f"{fqn}: {list(constants[fqn].spec.shape)} instead of {list(shape)}"
         for fqn, shape in outline.tensors.items()
@@ -115,10 +158,11 @@ def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
             fix="use the config.json that belongs to these weights",
         )
     for tied, owner in outline.aliases.items():
-        if found := constants.get(owner) or constants.get(tied):
-            constants.setdefault(owner, found)
-            constants.setdefault(tied, found)
-    return _program(CheckpointSource(checkpoint, name), outline, constants, stored)
+        if one := constants.get(owner) or constants.get(tied):
+            constants.setdefault(owner, one)
+            constants.setdefault(tied, one)
+    source = CheckpointSource(checkpoint, name, outline)
+    return replace(_program(source, outline, constants, stored), parts=parts)
 
 
 def _capture_module(module: nn.Module) -> Program:
@@ -131,20 +175,17 @@ def _capture_module(module: nn.Module) -> Program:
     return _program(ModuleSource(module), outline, constants, stored)
 
 
-def _stored_names(checkpoint: Checkpoint, outline: Outline) -> dict[str, str]:
-    """The live name of each stored tensor; a checkpoint may lack, or add, the base's prefix."""
-    names = {}
-    for key in checkpoint.tensors:
-        candidates = (key, outline.prefix + key, key.removeprefix(outline.prefix))
-        names[key] = next((name for name in candidates if name in outline.tensors), key)
-    if not outline.tensors.keys() & names.values():
-        raise CaptureError(
-            f"none of its tensors belongs to its architecture: it holds "
-            f"{next(iter(checkpoint.tensors), 'nothing')}, and {min(outline.tensors)} is asked for",
-            where=str(checkpoint.path),
-            fix="use the config.json that belongs to these weights",
-        )
-    return names
+def _fused(matrices: list[list[Leaf]], stacked: bool) -> Constant:
+    """What transformers makes of an expert's, or a packed layer's, parts when it loads them."""
+    build, inputs = Builder(), dict[str, Constant]()
+    nodes = []
+    for index, leaves in enumerate(matrices):
+        names = [f"part_{index}_{number}" for number in range(len(leaves))]
+        inputs |= zip(names, leaves, strict=True)
+        pieces = [build.const(name) for name in names]
+        nodes.append(pieces[0] if len(pieces) == 1 else build.op(aten.cat.default, pieces, 0))
+    build.graph.output(build.op(aten.stack.default, nodes, 0) if stacked else nodes[0])
+    return derive(build.graph, inputs, matrices[0][0].spec.dtype)
 
 
 def _program(
@@ -154,23 +195,22 @@ def _program(
     stored: dict[str, str],
 ) -> Program:
     sites: dict[str, Site] = {}
-    for fqn, module in outline.modules.items():
-        wanted = ("weight", "bias") if module.bias else ("weight",)
-        # A lone module has no name to address it by; a tensor may be missing from the file.
-        if module.kind is None or not all(f"{fqn}.{name}" in constants for name in wanted):
-            continue
-        kind = KINDS[module.kind]
-        shape = constants[f"{fqn}.weight"].spec.shape
-        out_features, in_features = reversed(shape) if kind.transposed else shape
-        graph = template(kind, module.bias)
-        sites[fqn] = Site(fqn, kind, graph, in_features, out_features, module.bias)
+    for fqn, found in outline.sites.items():
+        kind = restore(found.kind)
+        wanted = ("weight", "bias") if found.bias else ("weight",)
+        names = [tensor_name(fqn, kind, local) for local in wanted]
+        if not all(name in constants for name in names):
+            continue  # a tensor may be missing from the file
+        graph = graphs.restore(found.graph) if found.graph else template(kind, found.bias)
+        shape = constants[names[0]].spec.shape
+        sites[fqn] = Site(fqn, kind, graph, graph, shape, found.bias)
     return Program(
         source,
         sites,
         constants,
         constants,
         stored,
-        outline.aliases,
-        frozenset(outline.modules),
-        outline.head,
+        aliases=outline.aliases,
+        modules=frozenset(outline.modules),
+        head=outline.head,
     )

@@ -33,7 +33,7 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Distribution = Literal["zeros", "kaiming_uniform", "gaussian"]
+Distribution = Literal["zeros", "full", "kaiming_uniform", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Initial:
-    """Random or zero start values that depend on the seed and the name only, never on the order.
+    """Start values that depend on the seed and the name only, never on the order.
 
     `kaiming_uniform` has a = √5, as `torch.nn.Linear` and PEFT's `lora_A` have: uniform within
-    ±1/√fan_in. `gaussian` is normal with standard deviation `scale`.
+    ±1/√fan_in, times `scale`. `gaussian` is normal with standard deviation `scale`; `full` has the
+    value `scale` everywhere.
     """
 
     name: str
@@ -95,12 +96,14 @@ class Initial:
         """The fp32 values."""
         if self.distribution == "zeros":
             return torch.zeros(self.spec.shape)
+        if self.distribution == "full":
+            return torch.full(self.spec.shape, self.scale)
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         values = torch.empty(self.spec.shape)
         if self.distribution == "gaussian":
             return values.normal_(0.0, self.scale, generator=generator)
-        bound = 1 / math.sqrt(self.spec.shape[1])
+        bound = self.scale / math.sqrt(math.prod(self.spec.shape[1:]))
         return values.uniform_(-bound, bound, generator=generator)
 
 
@@ -121,6 +124,11 @@ class Derived:
 Constant = Leaf | Held | Initial | Derived
 
 
+def widened(spec: Spec) -> Spec:
+    """What a constant is in evaluation: fp32, unless it counts."""
+    return Spec(spec.shape, torch.float32 if spec.dtype.is_floating_point else spec.dtype)
+
+
 def derive(graph: fx.Graph, constants: Mapping[str, Constant], dtype: torch.dtype) -> Derived:
     """Binds a graph's names to constants.
 
@@ -129,8 +137,7 @@ def derive(graph: fx.Graph, constants: Mapping[str, Constant], dtype: torch.dtyp
     """
     graph = graphs.intern(graph)
     inputs = {name: constants[name] for name in graphs.constant_names(graph)}
-    # Evaluation is in fp32, so dtypes that differ are no error in a constant.
-    specs = {n: Spec(c.spec.shape, torch.float32) for n, c in inputs.items()}
+    specs = {n: widened(c.spec) for n, c in inputs.items()}
     shape = _derived_shape(graph, tuple(sorted(specs.items())))
     return Derived(graph, inputs, Spec(shape, dtype))
 

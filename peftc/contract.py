@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftc.errors import AdapterError, PassError, PeftcError
-from peftc.targets import Targets
+from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
 
 if TYPE_CHECKING:
     from peftc.program import Program
     from peftc.sites import SiteEditor
+
+
+ALL_KINDS = frozenset({"linear", "conv1d", "embedding", "convolution", "experts"})
 
 
 class Effect(StrEnum):
@@ -71,14 +74,41 @@ Place = Annotated[str, BeforeValidator(_absolute)]
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]
 
 
+# Keys of every PEFT config that do not change what a trained adapter computes.
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out",
+    "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+}  # fmt: skip
+_TARGETS = {
+    "target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers",
+    "layers_pattern": "layers_pattern",
+}  # fmt: skip
+
+
 class Method(Targets, Pass):
-    """A fine-tuning method: it says what it adds to a site, and all else follows by algebra."""
+    """A fine-tuning method: it says what it adds to a site, and all else follows by algebra.
+
+    Attributes:
+        peft_type: PEFT's name of it; None where PEFT has no such method.
+        peft_fields: PEFT's name of each option, by which its config is read and written.
+        peft_defaults: What PEFT takes where a config leaves a key out.
+        peft_neutral: Keys of its config that do not change what a trained adapter computes.
+        kinds: The kinds of site that it can serve.
+    """
 
     effect: ClassVar[Effect] = Effect.IDENTITY
-    peft_type: ClassVar[str | None] = None  # None: PEFT has no such method
+    peft_type: ClassVar[str | None] = None
+    peft_fields: ClassVar[Mapping[str, str]] = {}
+    peft_defaults: ClassVar[Mapping[str, Any]] = {}
+    peft_neutral: ClassVar[frozenset[str]] = frozenset()
+    kinds: ClassVar[frozenset[str]] = frozenset(LINEARS)
 
     adapter: AdapterName = Field("default", description="the adapter's name")
     seed: int = Field(0, ge=0, description="seed of the start values")
+    modules_to_save: Names | None = Field(
+        None,
+        description="modules that are trained whole and saved with the adapter, such as a head",
+    )
 
     @abstractmethod
     def inject(self, site: SiteEditor) -> None:
@@ -86,12 +116,32 @@ class Method(Targets, Pass):
 
     def peft_config(self) -> dict[str, Any]:
         """This configuration as PEFT's adapter_config.json has it."""
-        return {"peft_type": self.peft_type}
+        options = {key: getattr(self, field) for key, field in self.peft_fields.items()}
+        return {"peft_type": self.peft_type, **options, "modules_to_save": self.modules_to_save}
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether this is the method of an adapter_config.json."""
+        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        """The configuration that PEFT's adapter_config.json describes."""
-        raise AdapterError(f"{cls.__name__} reads no adapter_config.json")
+        """The configuration that PEFT's adapter_config.json describes.
+
+        Raises:
+            AdapterError: The config asks for something that peftc does not have.
+        """
+        fields = {**_TARGETS, **cls.peft_fields, "modules_to_save": "modules_to_save"}
+        known = _NEUTRAL | cls.peft_neutral | set(fields)
+        if unknown := sorted(k for k, v in config.items() if v and k not in known):
+            raise AdapterError(
+                f"the adapter uses {', '.join(unknown)}, which peftc cannot attach yet",
+                fix="merge it with PEFT",
+            )
+        given = {**cls.peft_defaults, **{k: v for k, v in config.items() if v is not None}}
+        if isinstance(pattern := given.get("layers_pattern"), list):
+            given["layers_pattern"] = "|".join(pattern) or None
+        return cls(**{field: given[key] for key, field in fields.items() if key in given})
 
     def weighted(self, weight: float) -> Self:
         """This method with what it adds multiplied by `weight`."""
@@ -99,12 +149,18 @@ class Method(Targets, Pass):
             raise PassError(f"{type(self).__name__} cannot be weighed by {weight}")
         return self
 
-    def trainable_biases(self, program: Program, sites: list[str]) -> list[str]:
-        """The base's own biases that this method trains, by name."""
-        return []
+    def trains(self, program: Program, sites: list[str]) -> list[str]:
+        """The base's own tensors that this method trains, by name."""
+        return program.tensors_of(self.saved(program)[0])
+
+    def saved(self, program: Program) -> tuple[list[str], list[PeftcError]]:
+        """The modules that are trained whole, and patterns that match none."""
+        return named_modules(self.modules_to_save, program) if self.modules_to_save else ([], [])
 
     def check(self, program: Program) -> list[PeftcError]:
-        errors = self.pick(program)[1]
+        chosen, errors = self.pick(program)
+        errors += self.unserved(program, chosen) + self.saved(program)[1]
+        errors += idle_modules(program, chosen)
         if self.adapter in program.adapters:
             errors.append(
                 PassError(
@@ -113,6 +169,18 @@ class Method(Targets, Pass):
                 )
             )
         return errors
+
+    def unserved(self, program: Program, names: Sequence[str]) -> list[PeftcError]:
+        """An error for each site of a kind that this method cannot serve."""
+        return [
+            PassError(
+                f"{type(self).__name__} cannot serve a site of kind {program.sites[fqn].kind.name}",
+                where=fqn,
+                fix=f"it serves {', '.join(sorted(self.kinds))}: exclude this one",
+            )
+            for fqn in names
+            if program.sites[fqn].kind.name not in self.kinds
+        ]
 
     def run(self, program: Program) -> PassResult:
         chosen, _ = self.pick(program)

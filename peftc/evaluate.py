@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc import graphs
-from peftc.constants import Constant, Derived, Held, Initial, Leaf
+from peftc import graphs, ops  # noqa: F401  # registers the peftc:: operators
+from peftc.constants import Constant, Derived, Held, Initial, Leaf, widened
 from peftc.errors import CheckpointError
 from peftc.graphs import Spec, aten
 from peftc.safetensors_file import TensorRef
@@ -37,6 +37,10 @@ _IN_PLACE: dict[Any, Any] = {
 }
 _SHORT_SUM = 128
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Operators that keep the first dimension while they work on one behind it.
+_INNER = {aten.flatten.using_ints, aten.unflatten.int}
+# Which argument is a table of which few rows are needed.
+_TABLES = {aten.embedding.default: 0, torch.ops.peftc.grouped_linear.default: 1}
 _FRESH = {aten.mm.default, aten.linear.default, *_IN_PLACE}  # whose results are no views
 
 
@@ -62,15 +66,16 @@ def keep_freed_memory() -> None:
 def chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
     """Ranges of rows that hold about `elements` elements each.
 
-    All but the last are of a multiple of 16 rows, and none of a larger tensor is smaller: matrix
+    All but the last are of a multiple of 16 rows, and none of a larger matrix is smaller: matrix
     products of very few rows take another path in BLAS, whose sums round differently.
     """
     if not shape or not shape[0]:
         return [] if shape else [(0, 1)]
     width = max(1, math.prod(shape[1:]))
-    step = max(16, elements // width // 16 * 16)
+    least = 16 if len(shape) < 3 else 1
+    step = max(least, elements // width // least * least)
     starts = list(range(0, shape[0], step))
-    if len(starts) > 1 and shape[0] - starts[-1] < 16:
+    if len(starts) > 1 and shape[0] - starts[-1] < least:
         starts.pop()
     return list(zip(starts, [*starts[1:], shape[0]], strict=True))
 
@@ -97,25 +102,30 @@ def read(leaf: Leaf, low: int = 0, high: int | None = None) -> torch.Tensor:
     return raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
 
 
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 class Evaluation:
     """A graph bound to its constants and, where it has one, its input.
 
     Args:
         graph: An interned graph.
         constants: What its `get_attr` nodes name.
-        x: Its input, fp32, of shape (samples, in features).
+        inputs: The value of each placeholder, fp32 or integer, such as x of shape (samples, in).
     """
 
     def __init__(
         self,
         graph: fx.Graph,
         constants: Mapping[str, Constant],
-        x: torch.Tensor | None = None,
+        inputs: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self.graph, self.x = graph, x
+        self.graph, self.inputs = graph, inputs or {}
         self.constants = constants
-        shapes = {n: Spec(constants[n].spec.shape, torch.float32) for n in _names(graph)}
-        self.plan = _plan(graph, tuple(sorted(shapes.items())), None if x is None else x.shape)
+        shapes = {n: widened(constants[n].spec) for n in _names(graph)}
+        given = {name: Spec(tuple(t.shape), t.dtype) for name, t in self.inputs.items()}
+        self.plan = _plan(graph, tuple(sorted(shapes.items())), tuple(sorted(given.items())))
         self._whole: dict[fx.Node, torch.Tensor] = {}
         self._nested: dict[str, Evaluation] = {}
 
@@ -146,6 +156,9 @@ class Evaluation:
             result = self._constant(str(node.target), (low, high))
         elif node in self.plan.products:
             result = self._product(node, done, low, high)
+        elif node.target is aten.stack.default:
+            members: Any = node.args[0]
+            result = torch.stack([self._value(member) for member in members[low:high]])
         else:
             which = self.plan.sliced[node]
             args = [
@@ -171,15 +184,36 @@ class Evaluation:
     def _value(self, node: fx.Node) -> torch.Tensor:
         if node not in self._whole:
             if node.op == "placeholder":
-                assert self.x is not None
-                self._whole[node] = self.x
+                self._whole[node] = self.inputs[str(node.target)]
             elif node.op == "get_attr":
                 self._whole[node] = self._constant(str(node.target), None)
+            elif node in self.plan.gathers:
+                self._whole[node] = self._gather(node)
             else:
                 self._whole[node] = self._call(node, [self._argument(a) for a in _operands(node)])
         return self._whole[node]
 
+    def _gather(self, node: fx.Node) -> torch.Tensor:
+        """An operator that needs few rows of its table: the ids', or the busy experts'."""
+        if node.target is aten.embedding.default:
+            table, ids = node.args[:2]
+            assert isinstance(table, fx.Node)
+            index = self._argument(ids)
+            rows = [self._slice(table, {}, i, i + 1) for i in index.reshape(-1).tolist()]
+            return torch.cat(rows).reshape(*index.shape, -1)
+        x, weight, ends = self._argument(node.args[0]), node.args[1], self._argument(node.args[2])
+        assert isinstance(weight, fx.Node)
+        start, parts = 0, []
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                matrix = self._slice(weight, {}, expert, expert + 1)[0]
+                parts.append(x[start:end] @ matrix.t())
+            start = max(start, end)
+        return torch.cat(parts)
+
     def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return [self._argument(item) for item in argument]
         return self._value(argument) if isinstance(argument, fx.Node) else argument
 
     def _call(self, node: fx.Node, args: list[Any]) -> torch.Tensor:
@@ -212,22 +246,23 @@ class Evaluation:
     def _constant(self, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
         constant = self.constants[name]
         if isinstance(constant, Leaf):
-            return read(constant).float() if rows is None else _recent(constant, *rows)
+            return _wide(read(constant)) if rows is None else _recent(constant, *rows)
         if isinstance(constant, Derived):
             if name not in self._nested:
                 self._nested[name] = Evaluation(constant.graph, constant.inputs)
             inner = self._nested[name]
             return inner.whole() if rows is None else inner.rows(*rows)
         tensor = constant.sample() if isinstance(constant, Initial) else constant.tensor.detach()
-        return (tensor if rows is None or not tensor.dim() else tensor[rows[0] : rows[1]]).float()
+        return _wide(tensor if rows is None or not tensor.dim() else tensor[rows[0] : rows[1]])
 
 
 class _Plan:
     """For each node that can be had by rows, which of its arguments are asked by rows too."""
 
-    def __init__(self, graph: fx.Graph, specs: dict[str, Spec], x: Spec | None) -> None:
+    def __init__(self, graph: fx.Graph, specs: dict[str, Spec], inputs: dict[str, Spec]) -> None:
         self.activations = graphs.depends_on_input(graph)
-        self.specs = graphs.propagate(graph, specs, x)
+        self.specs = graphs.propagate(graph, specs, inputs)
+        self.gathers: set[fx.Node] = set()
         self.sliced: dict[fx.Node, frozenset[int]] = {}
         whole: set[fx.Node] = set()
         out = graphs.output(graph)
@@ -237,12 +272,20 @@ class _Plan:
                 continue
             rule = None if node in whole or not self.specs[node].shape else self._rule(node)
             if rule is None:
-                whole.update((node, *(a for a in _operands(node) if isinstance(a, fx.Node))))
+                whole.add(node)
+                table = _TABLES.get(node.target) if node in self.activations else None
+                if table is not None and node.args[table] not in self.activations:
+                    self.gathers.add(node)
+                for argument in _operand_nodes(node):
+                    rows = node in self.gathers and argument is node.args[table or 0]
+                    (demanded if rows else whole).add(argument)
                 continue
             self.sliced[node] = rule
             for i, argument in enumerate(_operands(node)):
                 if isinstance(argument, fx.Node):
                     (demanded if i in rule else whole).add(argument)
+                elif isinstance(argument, (list, tuple)):
+                    whole.update(a for a in argument if isinstance(a, fx.Node))
         shape = self.specs[out].shape or (1,)
         self.size = shape[-1 if out in self.activations else 0]
         found = {node: self._product(node) for node in self.sliced}
@@ -272,7 +315,19 @@ class _Plan:
             return frozenset()
         if _is_nothing(node):
             return frozenset({0})
+        if node.target is aten.stack.default and node.args[1:] in ((), (0,)):
+            return frozenset()
         if node.target is aten.mm.default and node not in self.activations:
+            return frozenset({0})
+        if node.target is aten.bmm.default and node not in self.activations:
+            return frozenset({0, 1})
+        if node.target in _INNER and node not in self.activations and node.args[1] != 0:
+            return frozenset({0})
+        if (
+            node.target is aten.transpose.int
+            and node not in self.activations
+            and 0 not in node.args[1:]
+        ):
             return frozenset({0})
         if node.target is aten.linear.default and node.args[1] not in self.activations:
             return frozenset(range(1, len(node.args)))
@@ -302,14 +357,21 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
     return node.args[:1] if _is_nothing(node) else node.args
 
 
+def _operand_nodes(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(_operands(node), found.append)
+    return found
+
+
 _plans: dict[Any, _Plan] = {}
 
 
-def _plan(graph: fx.Graph, specs: tuple[tuple[str, Spec], ...], x: torch.Size | None) -> _Plan:
-    key = graph, specs, x
+def _plan(
+    graph: fx.Graph, specs: tuple[tuple[str, Spec], ...], inputs: tuple[tuple[str, Spec], ...]
+) -> _Plan:
+    key = graph, specs, inputs
     if key not in _plans:
-        spec = None if x is None else Spec(tuple(x), torch.float32)
-        _plans[key] = _Plan(graph, dict(specs), spec)
+        _plans[key] = _Plan(graph, dict(specs), dict(inputs))
     return _plans[key]
 
 
@@ -334,7 +396,7 @@ class _Recent(threading.local):
         if key not in self.pieces:
             if len(self.pieces) >= self.KEPT:
                 del self.pieces[next(iter(self.pieces))]
-            self.pieces[key] = read(leaf, low, high).float()
+            self.pieces[key] = _wide(read(leaf, low, high))
         return self.pieces[key]
 
 

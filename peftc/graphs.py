@@ -1,20 +1,22 @@
 """Small fx graphs in one vocabulary, ATen: built, compared, shared and propagated.
 
-A graph names constants by `get_attr` nodes and has at most one placeholder, `x`. Graphs are never
-changed once they are interned: a rewrite copies. So equal structure means the same object, and
-whatever is worked out for one graph is worked out for all sites that share it.
+A graph names constants by `get_attr` nodes; its placeholders are its site's input, `x`, and what
+else the site's kind takes. Graphs are never changed once they are interned: a rewrite copies. So
+equal structure means the same object, and whatever is worked out for one graph is worked out for
+all sites that share it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
 from peftc.errors import PassError
 
@@ -66,9 +68,41 @@ class Builder:
         """The product of two matrices."""
         return self.op(aten.mm.default, a, b)
 
+    def input(self, name: str) -> fx.Node:
+        """The graph's input of that name, made where it is not there yet."""
+        last = None
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            if node.target == name:
+                assert isinstance(node, fx.Node)
+                return node
+            last = node
+        first = next(iter(self.graph.nodes), None)
+        if first is None:
+            return self.graph.placeholder(name)
+        with (
+            self.graph.inserting_before(first) if last is None else self.graph.inserting_after(last)
+        ):
+            return self.graph.placeholder(name)
+
     def t(self, a: fx.Node) -> fx.Node:
-        """The transpose of a matrix."""
-        return self.op(aten.t.default, a)
+        """The transpose of a matrix; the matrix itself of a transpose."""
+        return _undone(a, aten.t.default) or self.op(aten.t.default, a)
+
+    def flatten(self, a: fx.Node, start: int) -> fx.Node:
+        """The dimensions from `start` on as one."""
+        undone = _undone(a, aten.unflatten.int)
+        if undone is not None and a.args[1] == start:
+            return undone
+        return self.op(aten.flatten.using_ints, a, start)
+
+    def unflatten(self, a: fx.Node, dim: int, sizes: tuple[int, ...]) -> fx.Node:
+        """One dimension as several, of which one size may be -1."""
+        undone = _undone(a, aten.flatten.using_ints)
+        if undone is not None and a.args[1] == dim:
+            return undone  # a site's matrices are flattened only to be unflattened so
+        return self.op(aten.unflatten.int, a, dim, list(sizes))
 
     def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
         """The sum a + b."""
@@ -81,6 +115,11 @@ class Builder:
     def type_as(self, a: fx.Node, b: fx.Node) -> fx.Node:
         """`a` in the dtype of `b`; nothing where they agree already."""
         return self.op(aten.type_as.default, a, b)
+
+
+def _undone(node: fx.Node, target: Any) -> fx.Node | None:
+    inner = node.args[0] if node.target is target else None
+    return inner if isinstance(inner, fx.Node) else None
 
 
 def text(graph: fx.Graph) -> str:
@@ -159,8 +198,40 @@ def output(graph: fx.Graph) -> fx.Node:
     return result
 
 
+def dump(graph: fx.Graph) -> list[Any]:
+    """A graph as plain data: overloads do not pickle, their names do."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return {"node": value.name}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    return [[n.op, str(n.target), n.name, plain(n.args)] for n in graph.nodes]
+
+
+def restore(rows: Iterable[Any]) -> fx.Graph:
+    """The graph that `dump` wrote down."""
+    graph, env = fx.Graph(), dict[str, fx.Node]()
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            return env[value["node"]]
+        return [resolve(item) for item in value] if isinstance(value, list) else value
+
+    for op, name, label, args in rows:
+        target: Any = name
+        if op == "call_function":
+            target = torch.ops
+            for part in name.split("."):
+                target = getattr(target, part)
+        env[label] = graph.create_node(op, target, tuple(resolve(args)), name=label)
+    return intern(graph)
+
+
 def propagate(
-    graph: fx.Graph, constants: Mapping[str, Spec], x: Spec | None = None
+    graph: fx.Graph, constants: Mapping[str, Spec], inputs: Mapping[str, Spec] | None = None
 ) -> dict[fx.Node, Spec]:
     """Shape and dtype of every node.
 
@@ -170,14 +241,14 @@ def propagate(
     specs: dict[fx.Node, Spec] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            assert x is not None
-            specs[node] = x
+            assert inputs is not None
+            specs[node] = inputs[str(node.target)]
         elif node.op == "get_attr":
             specs[node] = constants[str(node.target)]
         elif node.op == "call_module":  # dropout, the one module in the vocabulary
             specs[node] = specs[node.args[0]]
         elif node.op != "output":
-            args = tuple(specs[a] if isinstance(a, fx.Node) else a for a in node.args)
+            args = tree_map_only(fx.Node, specs.__getitem__, node.args)
             rule = _RULES.get(node.target)
             specs[node] = (rule(*args) if rule else None) or _by_meta(node.target, args)
     return specs
@@ -185,7 +256,7 @@ def propagate(
 
 def _by_meta(target: Callable[..., Any], args: tuple[Any, ...]) -> Spec:
     """What torch says of any operator. Its first use imports much of torch, a second's worth."""
-    result = target(*(a.meta() if isinstance(a, Spec) else a for a in args))
+    result = target(*tree_map_only(Spec, Spec.meta, args))
     return Spec(tuple(result.shape), result.dtype)
 
 

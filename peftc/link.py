@@ -54,9 +54,9 @@ Watch = Callable[[str], Watcher | None]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of an output file: its name in the live model, its bytes' place."""
+    """One tensor of an output file: its stored name, its bytes' place."""
 
-    fqn: str
+    key: str
     constant: Constant
     start: int
     nbytes: int
@@ -83,7 +83,7 @@ def link(
     folder: str = "",
     *,
     workers: int | None = None,
-    watch: Watch = lambda fqn: None,
+    watch: Watch = lambda key: None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Writes a program's weight files into a staging directory and seals them.
@@ -93,11 +93,11 @@ def link(
         stage: Where; files that an earlier run sealed in it are not written again.
         folder: A folder of it, with a slash at its end.
         workers: Threads that compute; default: one per core.
-        watch: Gives a watcher for a tensor, or None.
+        watch: Gives a watcher for a stored tensor, or None.
         progress: Told of every byte written.
 
     Returns:
-        What the watchers measured, by tensor.
+        What the watchers measured, by stored tensor.
     """
     keep_freed_memory()
     workers = workers or len(os.sched_getaffinity(0))
@@ -237,12 +237,10 @@ def _order(outputs: list[_Output], workers: int) -> Iterator[tuple[_Output, int]
 
 
 def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
-    tensors = [
-        (key, fqn, program.constants[fqn]) for key in file.tensors for fqn in (program.stored[key],)
-    ]
+    tensors = [(key, program.written(key)) for key in file.tensors]
     table: dict[str, Any] = {}
     position = 0
-    for key, _, constant in tensors:
+    for key, constant in tensors:
         spec, nbytes = constant.spec, constant.spec.nbytes
         table[key] = {
             "dtype": DTYPE_NAMES[spec.dtype],
@@ -252,9 +250,9 @@ def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
         position += nbytes
     header = _header(file, table)
     entries = []
-    for key, fqn, constant in tensors:
+    for key, constant in tensors:
         low, high = table[key]["data_offsets"]
-        entries.append(Entry(fqn, constant, len(header) + low, high - low))
+        entries.append(Entry(key, constant, len(header) + low, high - low))
     return Shard(folder + file.name, header, tuple(entries), len(header) + position)
 
 
@@ -294,7 +292,7 @@ def _write(
     measured = {}
     with _descriptor(path, os.O_WRONLY) as out:
         for entry in unit:
-            watcher = watch(entry.fqn)
+            watcher = watch(entry.key)
             if isinstance(entry.constant, Leaf) and watcher is None:
                 _copy(entry.constant, out, entry.start, on_bytes)
                 continue
@@ -306,7 +304,7 @@ def _write(
                     watcher.see(low, high, rows)
                 on_bytes(len(data))
             if watcher:
-                measured[entry.fqn] = watcher.result()
+                measured[entry.key] = watcher.result()
     return measured
 
 

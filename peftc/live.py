@@ -7,8 +7,8 @@ train(), state_dict(), gradient checkpointing and torch.compile(fullgraph=True) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from peftc.constants import Constant, Held, cast
 from peftc.errors import PassError, PeftcError, raise_all
 from peftc.evaluate import value
 from peftc.graphs import Spec, aten
+from peftc.kinds import ExpertsKind
+from peftc.ops import grouped_linear
 from peftc.program import Program
 from peftc.sites import Site
 
@@ -28,6 +30,8 @@ _FAST: dict[Any, Any] = {
     aten.add.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
     aten.mul.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.convolution.default: torch.convolution,
     aten.t.default: torch.t,
     aten.type_as.default: torch.Tensor.type_as,
 }
@@ -45,7 +49,7 @@ class LiveSite(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: item for name, item in self.__dict__.items() if name != "graph"}
-        return _rebuild, (_rows(self.graph),), state
+        return _rebuild, (graphs.dump(self.graph),), state
 
     def extra_repr(self) -> str:
         names = [name for name, _ in self.named_parameters() if name not in ("weight", "bias")]
@@ -73,9 +77,17 @@ def materialize(
         for fqn in program.constants:
             if fqn in tensors and program.touched(fqn):
                 tensors[fqn].copy_(value(program.constants[fqn]))
+    live = _Live(program)
+    experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
-        if not site.is_plain:
-            model.set_submodule(site.fqn, _live(program, site, model.get_submodule(site.fqn)))
+        if site.is_plain:
+            continue
+        if isinstance(site.kind, ExpertsKind):
+            experts.setdefault(site.fqn.rpartition(".")[0], []).append(site)
+        else:
+            model.set_submodule(site.fqn, live.module(site, model.get_submodule(site.fqn)))
+    for owner, members in experts.items():
+        live.experts(members, model.get_submodule(owner))
     if trainable := program.trainable:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -119,42 +131,81 @@ def absorb(program: Program, model: nn.Module) -> Program:
     return program.rewrite(constants=trained)
 
 
-def _live(program: Program, site: Site, old: nn.Module) -> LiveSite:
-    """The module of one rewritten site; the base's own parameters stay the same objects."""
-    weight = old.get_parameter("weight")
-    state = nn.Module()
-    specs = {}
-    for local in graphs.constant_names(site.graph):
-        if "." not in local and isinstance(getattr(old, local, None), torch.Tensor):
-            tensor = getattr(old, local)
-            setattr(state, local, tensor)
-        else:
-            tensor = value(program.constants[f"{site.fqn}.{local}"])
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            tensor = nn.Parameter(tensor.to(wide).clone())
-            _place(state, local, tensor)
-        specs[local] = Spec(tuple(tensor.shape), tensor.dtype)
-    for local, p in site.dropouts.items():
-        _place(state, local, nn.Dropout(p))
-    if "bias" not in state._parameters:
-        state.register_parameter("bias", None)
-    live = _blank(_slim(site.graph, specs, Spec((1, site.in_features), weight.dtype)))
-    live.__dict__.update({k: v for k, v in state.__dict__.items() if k != "training"})
-    live.in_features, live.out_features = site.in_features, site.out_features
-    return live.train(old.training)
+class _Live:
+    """Builds the modules of rewritten sites; what sites share is one tensor."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.frozen = {fqn for a in program.adapters.values() for fqn in a.frozen}
+        self._shared: dict[Constant, torch.Tensor] = {}
+
+    def module(self, site: Site, old: nn.Module) -> LiveSite:
+        """The module of one rewritten site; the base's own parameters stay the same objects."""
+        state = nn.Module()
+        graph = self.state(site, old, state)
+        if "bias" not in state._parameters:
+            state.register_parameter("bias", None)
+        live = _blank(graph)
+        plain = {k: v for k, v in old.__dict__.items() if not k.startswith("_") and k != "training"}
+        live.__dict__.update(plain)
+        live.__dict__.update({k: v for k, v in state.__dict__.items() if k != "training"})
+        live.in_features, live.out_features = site.in_features, site.out_features
+        return live.train(old.training)
+
+    def experts(self, sites: Sequence[Site], old: nn.Module) -> nn.Module:
+        """A module of fused experts, some of whose parameters are rewritten sites."""
+        rows = {}
+        for site in sites:
+            rows[site.fqn.rpartition(".")[2]] = graphs.dump(self.state(site, old, old))
+        old.__class__ = experts_class(type(old), rows)
+        return old
+
+    def state(self, site: Site, old: nn.Module, state: nn.Module) -> fx.Graph:
+        """Places a site's tensors and dropouts in a module; returns the graph over them."""
+        owner = site.name("weight").rpartition(".")[0]
+        weight = old.get_parameter(site.name("weight").removeprefix(f"{owner}."))
+        specs = {}
+        for local in graphs.constant_names(site.graph):
+            fqn = site.name(local)
+            path = fqn.removeprefix(f"{owner}.")
+            tensor = getattr(old, path, None) if "." not in path else None
+            if not isinstance(tensor, torch.Tensor):
+                tensor = self._tensor(fqn, torch.promote_types(weight.dtype, torch.float32))
+            if state is not old or path not in old._parameters:
+                _place(state, path, tensor)
+            specs[local] = Spec(tuple(tensor.shape), tensor.dtype)
+        for local, p in site.dropouts.items():
+            _place(state, site.name(local).removeprefix(f"{owner}."), nn.Dropout(p))
+        return _slim(site.graph, specs, site.kind.specs(site.shape, weight.dtype))
+
+    def _tensor(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
+        constant = self.program.constants[fqn]
+        if fqn in self.frozen:
+            if constant not in self._shared:
+                self._shared[constant] = _wide(value(constant), dtype)
+            return self._shared[constant]
+        tensor = _wide(value(constant), dtype).clone()
+        return nn.Parameter(tensor) if tensor.is_floating_point() else tensor
 
 
-def _place(root: nn.Module, path: str, item: nn.Module | nn.Parameter) -> None:
-    """Sets `a.b.c` of a module, making the modules on the way."""
+def _wide(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _place(root: nn.Module, path: str, item: nn.Module | torch.Tensor) -> None:
+    """Sets `a.b.c` of a module, making the modules on the way; a plain tensor is a buffer."""
     *owners, leaf = path.split(".")
     for name in owners:
         if name not in root._modules:
             root.add_module(name, nn.Module())
         root = root.get_submodule(name)
-    setattr(root, leaf, item)
+    if isinstance(item, (nn.Module, nn.Parameter)):
+        setattr(root, leaf, item)
+    else:
+        root.register_buffer(leaf, item, persistent=False)
 
 
-def _slim(graph: fx.Graph, specs: Mapping[str, Spec], x: Spec) -> fx.Graph:
+def _slim(graph: fx.Graph, specs: Mapping[str, Spec], x: Mapping[str, Spec]) -> fx.Graph:
     """The graph without casts that do nothing for these dtypes."""
     known = graphs.propagate(graph, specs, x)
     slim, env = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -167,54 +218,110 @@ def _slim(graph: fx.Graph, specs: Mapping[str, Spec], x: Spec) -> fx.Graph:
     return graphs.intern(slim)
 
 
+def function_of(graph: fx.Graph, prefix: str = "") -> Callable[..., torch.Tensor]:
+    """A function of a module, whose tensors the graph names, and of the graph's inputs.
+
+    Args:
+        graph: What to compute.
+        prefix: Of a parameter of experts: its name, which stands before those of its adapters.
+    """
+    fast = graphs.copy(graph)
+    for node in fast.nodes:
+        if node.op == "get_attr" and prefix:
+            node.target = prefix if node.target == "weight" else f"{prefix}_{node.target}"
+        elif node.op == "call_module" and prefix:
+            node.target = f"{prefix}_{node.target}"
+        node.target = _FAST.get(node.target, node.target)
+    code = fast.python_code("self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)
+    result: Callable[..., torch.Tensor] = namespace["forward"]
+    return result
+
+
 _classes: dict[fx.Graph, type[LiveSite]] = {}
 
 
 def _blank(graph: fx.Graph) -> LiveSite:
     """A module of the class that computes this graph, without state."""
     if graph not in _classes:
-        fast = graphs.copy(graph)
-        for node in fast.nodes:
-            node.target = _FAST.get(node.target, node.target)
-        code = fast.python_code("self")
-        namespace = dict(code.globals)
-        exec(code.src, namespace)
-        _classes[graph] = type("LiveSite", (LiveSite,), {"forward": namespace["forward"]})
+        _classes[graph] = type("LiveSite", (LiveSite,), {"forward": function_of(graph)})
     live = _classes[graph].__new__(_classes[graph])
     nn.Module.__init__(live)
     live.graph = graph
     return live
 
 
-@dataclass(frozen=True)
-class _Ref:
-    name: str
+_experts: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
-def _rows(graph: fx.Graph) -> list[tuple[str, str, str, Any]]:
-    """A graph as plain data: overloads do not pickle, their names do."""
+def experts_class(cls: type[nn.Module], rows: Mapping[str, list[Any]]) -> type[nn.Module]:
+    """A subclass of a class of fused experts, with graphs in the place of its linear layers."""
+    key = cls, json.dumps(rows, sort_keys=True)
+    if key not in _experts:
+        functions = {name: function_of(graphs.restore(graph), name) for name, graph in rows.items()}
 
-    def refer(node: fx.Node) -> Any:
-        return _Ref(node.name)
+        def linear(self: Any, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            if name in functions:
+                return functions[name](self, x, ends)
+            weight = getattr(self, name)
+            matrix = weight.transpose(1, 2) if self.is_transposed else weight
+            result: torch.Tensor = grouped_linear(x, matrix, ends)
+            return result
 
-    return [(n.op, str(n.target), n.name, fx.node.map_arg(n.args, refer)) for n in graph.nodes]
+        def forward(
+            self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        ) -> torch.Tensor:
+            return run_experts(self, linear, hidden, index, weights)
+
+        def reduce(self: Any) -> tuple[Any, ...]:
+            return _rebuild_experts, (cls, rows), self.__dict__
+
+        members = {"forward": forward, "__reduce__": reduce}
+        _experts[key] = type(cls.__name__, (cls,), members)
+    return _experts[key]
 
 
-def _rebuild(rows: list[tuple[str, str, str, Any]]) -> LiveSite:
-    graph, env = fx.Graph(), dict[str, fx.Node]()
+def run_experts(
+    experts: Any,
+    linear: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """What transformers' fused experts compute, through another linear layer per expert.
 
-    def resolve(argument: Any) -> Any:
-        if isinstance(argument, _Ref):
-            return env[argument.name]
-        if isinstance(argument, (list, tuple)):
-            return type(argument)(resolve(item) for item in argument)
-        return argument
+    Args:
+        experts: The module.
+        linear: Of the module, a parameter's name, rows sorted by expert, and each expert's end.
+        hidden: (tokens, features).
+        index: (tokens, experts per token): the chosen experts.
+        weights: (tokens, experts per token): their weights.
+    """
+    chosen = index.shape[-1]
+    flat, order = torch.sort(index.reshape(-1))
+    counts = torch.nn.functional.one_hot(flat, experts.num_experts).sum(0)
+    ends = counts.cumsum(0, dtype=torch.int32)
 
-    for op, name, label, args in rows:
-        target: Any = name
-        if op == "call_function":
-            target = torch.ops
-            for part in name.split("."):
-                target = getattr(target, part)
-        env[label] = graph.create_node(op, target, resolve(args), name=label)
-    return _blank(graphs.intern(graph))
+    def biased(name: str, x: torch.Tensor) -> torch.Tensor:
+        y = linear(experts, name, x, ends)
+        return y + getattr(experts, f"{name}_bias")[flat] if experts.has_bias else y
+
+    inner = biased("gate_up_proj" if experts.has_gate else "up_proj", hidden[order // chosen])
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    outer = biased("down_proj", inner)
+    if experts.has_post_expert_norm:
+        outer = experts.post_expert_norm(outer)
+    outer = outer * weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    result: torch.Tensor = outer[back].view(*index.shape, -1).sum(1).to(hidden.dtype)
+    return result
+
+
+def _rebuild_experts(cls: type[nn.Module], rows: Mapping[str, list[Any]]) -> nn.Module:
+    made = experts_class(cls, rows)
+    return made.__new__(made)
+
+
+def _rebuild(rows: list[Any]) -> LiveSite:
+    return _blank(graphs.restore(rows))

@@ -9,47 +9,66 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from peftc import graphs
 from peftc.checkpoint import Checkpoint, cache_folder, digest_bytes
+from peftc.conversion import Conversion, conversions_of
 from peftc.errors import CaptureError
-from peftc.sites import kind_of
+from peftc.kinds import LINEAR, dump, expert_kinds, kind_of
+from peftc.roles import Roles, trace
+from peftc.tracing import trace_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 1  # of a cached outline
+FORMAT = 4  # of a cached outline
 
 
-class Module(NamedTuple):
-    """The kind of a module, if it can be a site, and whether it has a bias."""
+class SiteOutline(BaseModel):
+    """What can be a site: a module, or a parameter of fused experts.
 
-    kind: str | None
+    Attributes:
+        kind: As `kinds.dump` writes it down.
+        bias: Whether there is one.
+        graph: As `graphs.dump` writes it down, where it is not the kind's own template.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: dict[str, Any]
     bias: bool
+    graph: list[Any] | None = None
 
 
 class Outline(BaseModel):
     """A model's skeleton as plain data.
 
     Attributes:
-        modules: Every module by its name.
+        modules: Every module's name.
+        sites: What can be a site, by name.
         tensors: The shape of every saved tensor by its name, tied ones by each of theirs.
         aliases: For each tied tensor, the name of the one that it shares memory with.
         prefix: What a headless checkpoint's names lack.
         head: The name of the output head.
+        conversions: How transformers renames and fuses what is stored.
+        roles: Which modules a forward pass calls and what for, where that can be found out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    modules: dict[str, Module]
+    modules: list[str]
+    sites: dict[str, SiteOutline]
     tensors: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
     prefix: str
     head: str | None
+    conversions: tuple[Conversion, ...] = ()
+    roles: Roles | None = None
 
 
 def outline_of(module: nn.Module) -> Outline:
@@ -60,17 +79,17 @@ def outline_of(module: nn.Module) -> Outline:
         if isinstance(tensor, torch.Tensor)
     }
     modules = dict(module.named_modules(remove_duplicate=False))
-    kinds = {fqn: kind_of(found) for fqn, found in modules.items()}
     head = getattr(module, "get_output_embeddings", lambda: None)()
     prefix = getattr(module, "base_model_prefix", "")
+    sites: dict[str, SiteOutline] = {}
+    for fqn, found in modules.items():
+        if site := _site(fqn, found):
+            sites[fqn] = site
+        for name, kind in expert_kinds(found).items():
+            sites[f"{fqn}.{name}"] = SiteOutline(kind=dump(kind), bias=False)
     return Outline(
-        modules={
-            fqn: Module(
-                kind.name if (kind := kinds[fqn]) and fqn else None,
-                getattr(found, "bias", None) is not None,
-            )
-            for fqn, found in modules.items()
-        },
+        modules=list(modules),
+        sites=sites,
         tensors={name: tuple(tensor.shape) for name, tensor in state.items()},
         aliases=_aliases(state),
         prefix=f"{prefix}." if prefix else "",
@@ -78,6 +97,18 @@ def outline_of(module: nn.Module) -> Outline:
             (fqn for fqn, found in modules.items() if head is not None and found is head), None
         ),
     )
+
+
+def _site(fqn: str, module: nn.Module) -> SiteOutline | None:
+    """A module as a site; a lone module has no name to address it by."""
+    if not fqn:
+        return None
+    bias = getattr(module, "bias", None) is not None
+    if kind := kind_of(module):
+        return SiteOutline(kind=dump(kind), bias=bias)
+    if isinstance(module, nn.Linear) and (graph := trace_linear(module)):
+        return SiteOutline(kind=dump(LINEAR), bias=bias, graph=graphs.dump(graph))
+    return None
 
 
 def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
@@ -93,7 +124,10 @@ def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
     try:
         return Outline.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        outline = outline_of(_skeleton(checkpoint))
+        model = _skeleton(checkpoint)
+        outline = outline_of(model)
+        more = {"conversions": tuple(conversions_of(model)), "roles": trace(model)}
+        outline = outline.model_copy(update=more)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(f".{os.getpid()}")
@@ -133,14 +167,14 @@ def architecture(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     return cls
 
 
-def _skeleton(checkpoint: Checkpoint) -> nn.Module:
+def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     from transformers import AutoConfig
 
     cls = architecture(checkpoint)
     try:
         config: Any = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.device("meta"):
-            model: nn.Module = cls(config)
+            model: PreTrainedModel = cls(config)
             return model
     except Exception as error:  # any library code may fail on a config from outside
         raise CaptureError(

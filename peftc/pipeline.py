@@ -21,7 +21,7 @@ from peftc.sites import Site
 
 EQUAL_BOUND = 1e-5  # fp32 rounding of a sum in another order
 _REPORT = "this is a bug in the pass; please report it with the recipe"
-SAMPLES, FEATURES = 4, 32  # of random input and of each site's output, per check
+FEATURES = 32  # of each site's output, per check
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _options(pass_: Pass) -> dict[str, Any]:
 
 
 def _rebound(before: Program, after: Program, site: Site) -> bool:
-    names = (f"{site.fqn}.{name}" for name in graphs.constant_names(site.graph))
+    names = map(site.name, graphs.constant_names(site.graph))
     return any(after.constants[name] is not before.constants.get(name) for name in names)
 
 
@@ -90,7 +90,7 @@ def _losses(before: Program, after: Program, title: str) -> list[PeftcError]:
     ]
     for fqn, site in after.sites.items():
         for name in graphs.constant_names(site.graph):
-            if f"{fqn}.{name}" not in after.constants:
+            if site.name(name) not in after.constants:
                 errors.append(
                     PassError(f"pass {title} names no constant {name!r}", where=fqn, fix=_REPORT)
                 )
@@ -102,28 +102,33 @@ def _violations(
 ) -> list[PeftcError]:
     """What is wrong with a result whatever its numbers: graphs, shapes, dtypes, tied weights."""
     errors: list[PeftcError] = []
-    seen: dict[Any, tuple[int, ...]] = {}
+    seen: set[Any] = set()
     for fqn in changed:
         site, old = after.sites[fqn], before.sites.get(fqn)
         specs = after.specs(site)
-        key = site.graph, tuple(sorted(specs.items()))
+        key = site.graph, site.kind, site.shape, tuple(sorted(specs.items()))
         try:
             if key not in seen:
                 site.graph.lint()
-                dtype = after.constants[f"{fqn}.weight"].spec.dtype
-                x = Spec((2, 3, site.in_features), dtype)
-                y = graphs.propagate(site.graph, specs, x)[graphs.output(site.graph)]
-                if y.dtype != dtype:
-                    raise RuntimeError(f"its output is {y.dtype}, and was {dtype}")
-                seen[key] = y.shape
-            if seen[key] != (2, 3, site.out_features):
-                raise RuntimeError(f"its output has the shape {seen[key]}")
+                dtype = after.constants[site.name("weight")].spec.dtype
+                inputs = site.kind.specs(site.shape, dtype)
+                y, want = (
+                    graphs.propagate(graph, given, inputs)[graphs.output(graph)]
+                    for graph, given in (
+                        (site.graph, specs),
+                        (site.plain, _plain_specs(after, site)),
+                    )
+                )
+                if y.dtype != want.dtype:
+                    raise RuntimeError(f"its output is {y.dtype}, and was {want.dtype}")
+                if y.shape != want.shape:
+                    raise RuntimeError(f"its output has the shape {y.shape}, and had {want.shape}")
+                seen.add(key)
         except (RuntimeError, TypeError) as error:
             errors.append(
                 PassError(f"pass {title} left a graph that fails: {error}", where=fqn, fix=_REPORT)
             )
-        if old is not None and (old.in_features, old.out_features) != (
-            site.in_features, site.out_features):  # fmt: skip
+        if old is not None and (old.kind, old.shape) != (site.kind, site.shape):
             errors.append(
                 PassError(f"pass {title} changed the site's features", where=fqn, fix=_REPORT)
             )
@@ -141,6 +146,11 @@ def _violations(
             )
         )
     return errors
+
+
+def _plain_specs(program: Program, site: Site) -> dict[str, Spec]:
+    names = graphs.constant_names(site.plain)
+    return {name: program.constants[site.name(name)].spec for name in names}
 
 
 def _measure(
@@ -163,9 +173,10 @@ def _measure(
             worst, where = error, fqn
     bound = {Effect.IDENTITY: 0.0, Effect.EQUAL: EQUAL_BOUND}.get(effect)
     if bound is not None:
-        owners = (*(f"{fqn}." for fqn in changed),)
+        owners = (*(prefix for fqn in changed for prefix in (f"{fqn}.", f"{fqn}_")),)
         for fqn, constant in before.constants.items():
-            if after.constants.get(fqn) is not constant and not fqn.startswith(owners):
+            inside = fqn in changed or fqn.startswith(owners)
+            if after.constants.get(fqn) is not constant and not inside:
                 raise ProofError(
                     f"pass {title} declares {effect.value}, and changes a tensor of no site",
                     where=fqn,
@@ -187,14 +198,19 @@ Bound = tuple[Site, Mapping[str, Constant]]
 def site_error(fqn: str, one: Bound, other: Bound) -> float:
     """How much two forms of a site differ, over the largest value of the first, in fp32.
 
-    Both see the same random input (samples from the site's name); of a large output a window of
+    Both see the same random input, drawn from the site's name. Of a linear layer a window of
     features is compared, so that only those rows of the weights are read.
     """
+    site = one[0]
     seed = int.from_bytes(hashlib.sha256(fqn.encode()).digest()[:7], "little")
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(SAMPLES, one[0].in_features, generator=generator)
-    low = seed % max(1, one[0].out_features - FEATURES + 1)
-    high = min(low + FEATURES, one[0].out_features)
-    a, b = (Evaluation(site.graph, bound, x).rows(low, high) for site, bound in (one, other))
+    inputs = site.kind.example(site.shape, torch.Generator().manual_seed(seed))
+    if site.kind.by_rows:
+        low = seed % max(1, site.out_features - FEATURES + 1)
+        high = min(low + FEATURES, site.out_features)
+        a, b = (
+            Evaluation(form.graph, bound, inputs).rows(low, high) for form, bound in (one, other)
+        )
+    else:
+        a, b = (Evaluation(form.graph, bound, inputs).whole() for form, bound in (one, other))
     scale = a.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return float((a - b).abs().max() / scale)

@@ -9,17 +9,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import fx
+
 from peftc import graphs
 from peftc.checkpoint import PEFT_PREFIX
-from peftc.constants import Constant
+from peftc.constants import Constant, Derived, derive, widened
 from peftc.errors import SAVE_AGAIN, AdapterError, PeftcError, raise_all
-from peftc.graphs import Spec
+from peftc.graphs import Builder, Spec
+from peftc.kinds import ExpertsKind
+from peftc.layout import element, rows
 from peftc.safetensors_file import SafetensorsFile
 from peftc.sites import Site, SiteEditor
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from peftc.roles import Roles
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class Source(Protocol):
     def pin(self) -> dict[str, Any]:
         """What identifies the source."""
 
+    def roles(self) -> Roles | None:
+        """Which modules a forward pass calls and what for, where that can be found out."""
+
 
 class Injector(Protocol):
     """What `Program.inject` needs of a method (see `peftc.contract.Method`)."""
@@ -65,7 +74,7 @@ class Injector(Protocol):
     def seed(self) -> int: ...
     def inject(self, site: SiteEditor) -> None: ...
     def peft_config(self) -> dict[str, Any]: ...
-    def trainable_biases(self, program: Program, sites: list[str]) -> list[str]: ...
+    def trains(self, program: Program, sites: list[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -75,11 +84,32 @@ class Adapter:
     Attributes:
         config: PEFT's adapter_config.json.
         tensors: The name in PEFT's file of every tensor that belongs to it, and its name here.
+        frozen: Which of them, by their names here, training leaves alone.
+        sites: The names of the sites that it rewrote.
     """
 
     name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, str]
+    frozen: frozenset[str] = frozenset()
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor that is a part of a live one.
+
+    Attributes:
+        leaf: The stored tensor.
+        index: Which matrix of the stack, if the whole is one.
+        low: Its first row in that matrix.
+        high: Behind its last row.
+    """
+
+    leaf: Constant
+    index: int | None
+    low: int
+    high: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,9 @@ class Program:
         sites: The places that may be rewritten, by name, in the model's order.
         constants: Every tensor of the model by its name in the live model.
         captured: The constants as they were captured; what differs from them was rewritten.
-        stored: The name in the live model of each stored tensor, by its name in the checkpoint.
+        stored: The name in the live model of each stored tensor, by its name in the checkpoint;
+            several may be parts of one, as the matrices of fused experts are.
+        parts: How such a part is taken from the whole: a graph over the constant `whole`.
         aliases: For each tied tensor, the name of the tensor that it shares memory with.
         modules: The names of all modules, to tell a wrong name from a wrong kind of module.
         head: The name of the output head, which `all-linear` leaves alone.
@@ -125,6 +157,7 @@ class Program:
     constants: Mapping[str, Constant]
     captured: Mapping[str, Constant]
     stored: Mapping[str, str]
+    parts: Mapping[str, Part] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
     head: str | None = None
@@ -135,7 +168,7 @@ class Program:
     def bindings(self, site: Site) -> dict[str, Constant]:
         """The constants of a site by their names relative to it."""
         names = graphs.constant_names(site.graph)
-        return {name: self.constants[f"{site.fqn}.{name}"] for name in names}
+        return {name: self.constants[site.name(name)] for name in names}
 
     def specs(self, site: Site) -> dict[str, Spec]:
         """Shapes and dtypes of a site's constants."""
@@ -160,6 +193,7 @@ class Program:
         method: Injector,
         names: Sequence[str],
         given: Mapping[str, Mapping[str, Constant]] | None = None,
+        common: Mapping[str, Constant] | None = None,
     ) -> Program:
         """A program whose named sites carry what a method adds.
 
@@ -167,6 +201,7 @@ class Program:
             method: Says what it adds to one site.
             names: The sites.
             given: Trained tensors for each site, by their names relative to it.
+            common: Given tensors that all sites share, by their names in PEFT's file.
 
         Raises:
             AdapterError: Given tensors are missing, have other shapes, or are not asked for.
@@ -174,10 +209,13 @@ class Program:
         sites: list[Site] = []
         constants: dict[str, Constant] = {}
         tensors: dict[str, str] = {}
+        frozen: set[str] = set()
         errors: list[PeftcError] = []
+        shared = dict(common or {})
         for name in names:
             trained = None if given is None else given[name]
-            editor = SiteEditor(self.sites[name], method.adapter, method.seed, trained)
+            site = self.sites[name]
+            editor = SiteEditor(site, method.adapter, method.seed, trained, shared)
             try:
                 method.inject(editor)
             except AdapterError as error:
@@ -193,15 +231,24 @@ class Program:
                 )
             sites.append(editor.finish())
             for local, constant in editor.created.items():
-                constants[f"{name}.{local}"] = constant
-                tensors[_peft_key(name, local, method.adapter)] = f"{name}.{local}"
+                fqn = site.name(local)
+                constants[fqn] = constant
+                if local in editor.frozen:
+                    frozen.add(fqn)
+                    tensors.setdefault(f"base_model.{editor.frozen[local]}", fqn)
+                else:
+                    key = _peft_key(peft_path(self, names, name), local, method.adapter)
+                    tensors[key] = fqn
+            constants |= {site.name(local): c for local, c in editor.rebound.items()}
         raise_all(errors)
-        for bias in method.trainable_biases(self, list(names)):
-            for alias in self.names_of(bias):
+        for own in method.trains(self, list(names)):
+            for alias in self.names_of(own):
                 owner, _, leaf = alias.rpartition(".")
                 infix = "base_layer." if owner in names else ""
-                tensors[f"{PEFT_PREFIX}{owner}.{infix}{leaf}"] = bias
-        adapter = Adapter(method.adapter, method.peft_config(), tensors)
+                tensors[f"{PEFT_PREFIX}{owner}.{infix}{leaf}"] = own
+        adapter = Adapter(
+            method.adapter, method.peft_config(), tensors, frozenset(frozen), tuple(names)
+        )
         return self.rewrite(sites, constants, adapters={**self.adapters, adapter.name: adapter})
 
     def without(self, fqns: Iterable[str]) -> Program:
@@ -215,6 +262,14 @@ class Program:
         kept = {fqn: c for fqn, c in self.constants.items() if fqn not in gone}
         return replace(self, constants=kept, adapters=adapters)
 
+    def written(self, key: str) -> Constant:
+        """What is to be written for a stored tensor, by its name in the checkpoint."""
+        fqn, part = self.stored[key], self.parts.get(key)
+        if part is None:
+            return self.constants[fqn]
+        whole = self.constants[fqn]
+        return part_of(whole, part) if self.touched(fqn) else part.leaf
+
     def touched(self, fqn: str) -> bool:
         """Whether a tensor is not what was captured."""
         return self.constants[fqn] is not self.captured.get(fqn)
@@ -227,6 +282,12 @@ class Program:
                 return head, ".".join(parts[cut:])
         return None, fqn
 
+    def tensors_of(self, modules: Iterable[str]) -> list[str]:
+        """The stored tensors of some modules, by their names in the live model."""
+        owners = tuple(f"{module}." for module in modules)
+        names = dict.fromkeys((*self.stored.values(), *self.aliases))
+        return [fqn for fqn in names if owners and fqn.startswith(owners)]
+
     def names_of(self, fqn: str) -> list[str]:
         """All names of a tensor: its own and those that are tied to it."""
         owner = self.aliases.get(fqn, fqn)
@@ -235,7 +296,12 @@ class Program:
     @property
     def trainable(self) -> set[str]:
         """The names of the tensors that training changes."""
-        return {fqn for adapter in self.adapters.values() for fqn in adapter.tensors.values()}
+        return {
+            fqn
+            for adapter in self.adapters.values()
+            for fqn in adapter.tensors.values()
+            if fqn not in adapter.frozen
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -250,6 +316,52 @@ class Program:
             repr(sorted((a.name, sorted(a.tensors)) for a in self.adapters.values())).encode()
         )
         return digest.hexdigest()
+
+
+def part_of(whole: Constant, part: Part) -> Constant:
+    """A part of a constant, of which nothing but that part is evaluated."""
+    if isinstance(whole, Derived):
+        build, inputs = Builder(graphs.copy(whole.graph)), dict(whole.inputs)
+        output = next(node for node in build.graph.nodes if node.op == "output")
+        node = output.args[0]
+        build.graph.inserting_before(output)
+    else:
+        build, inputs, output = Builder(), {"whole": whole}, None
+        node = build.const("whole")
+    assert isinstance(node, fx.Node)
+    if part.index is not None:
+        node = element(build, node, part.index)
+    lengths: dict[fx.Node, int] = {}
+
+    def length(of: fx.Node) -> int:
+        if of not in lengths:
+            specs = {n: widened(c.spec) for n, c in inputs.items()}
+            lengths.update(
+                {n: s.shape[0] if s.shape else 1 for n, s in graphs.propagate(
+                    build.graph, specs).items()}
+            )  # fmt: skip
+        return lengths[of]
+
+    node = rows(build, node, part.low, part.high, length)
+    if output is not None:
+        output.args = (node,)
+    else:
+        build.graph.output(node)
+    return derive(build.graph, inputs, whole.spec.dtype)
+
+
+def peft_path(program: Program, names: Sequence[str], fqn: str) -> str:
+    """The module under which PEFT keeps a site's tensors.
+
+    Fused experts have one module and several parameters: PEFT wraps it once for each, and those
+    that come later in the module lie further out.
+    """
+    site = program.sites[fqn]
+    if not isinstance(site.kind, ExpertsKind):
+        return fqn
+    owner = fqn.rpartition(".")[0]
+    members = [n for n in program.sites if n.rpartition(".")[0] == owner and n in set(names)]
+    return owner + ".base_layer" * (len(members) - 1 - members.index(fqn))
 
 
 def _peft_key(site: str, local: str, adapter: str) -> str:

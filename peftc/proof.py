@@ -9,8 +9,7 @@ against those of the artifact loaded by transformers, both computed in fp32.
 from __future__ import annotations
 
 import gc
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +21,14 @@ from peftc.capturing import CheckpointSource
 from peftc.checkpoint import Checkpoint
 from peftc.constants import Leaf
 from peftc.errors import ProofError
-from peftc.evaluate import Evaluation, chunks, read, value
+from peftc.evaluate import chunks, read
 from peftc.link import Watcher
 from peftc.live import materialize
 from peftc.outline import architecture
 from peftc.program import Program
+from peftc.witness import witness
 
 Extent = Literal["auto", "sites", "whole"]
-SAMPLES = 1  # of random input to a site: any wrong weight shows in any Gaussian sample
 SITE_BOUND = {torch.float32: 1e-5}  # other dtypes: one spacing of the dtype, finfo.eps
 WHOLE_BOUND = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 AUTO_BYTES = 1 << 30  # the fp32 size up to which `auto` compares whole models
@@ -40,52 +39,13 @@ TEXTS = (
 )
 
 
-class SiteWitness:
-    """Compares one folded site with what it was, from the pieces of the weight as written."""
+def watcher(program: Program) -> Callable[[str], Watcher | None]:
+    """What the linker asks for the witness of a stored tensor."""
+    weights = {old.site.name("weight"): fqn for fqn, old in program.unfolded.items()}
 
-    def __init__(self, program: Program, fqn: str) -> None:
-        old = program.unfolded[fqn]
-        seed = int.from_bytes(hashlib.sha256(f"proof {fqn}".encode()).digest()[:7], "little")
-        generator = torch.Generator().manual_seed(seed)
-        self.x = torch.randn(SAMPLES, old.site.in_features, generator=generator)
-        self.want = Evaluation(old.site.graph, old.constants, self.x)
-        self.transposed = old.site.kind.transposed
-        bias = program.constants.get(f"{fqn}.bias")
-        self.bias = None if bias is None else value(bias).float()
-        self.sum = torch.zeros(SAMPLES, old.site.out_features) if self.transposed else None
-        self.error, self.largest = 0.0, 0.0
-
-    def see(self, low: int, high: int, rows: torch.Tensor) -> None:
-        """Takes rows low to high of the stored weight."""
-        if self.sum is not None:
-            self.sum += self.x[:, low:high] @ rows.float()
-            return
-        bias = None if self.bias is None else self.bias[low:high]
-        got = nn.functional.linear(self.x, rows.float(), bias)
-        self._compare(got, self.want.rows(low, high))
-
-    def result(self) -> dict[str, float]:
-        """The largest difference, and the largest value that it is to be seen against."""
-        if self.sum is not None:
-            got = self.sum if self.bias is None else self.sum + self.bias
-            self._compare(got, self.want.whole())
-        return {"error": self.error, "largest": self.largest}
-
-    def _compare(self, got: torch.Tensor, want: torch.Tensor) -> None:
-        # A NaN must not be lost in a maximum.
-        difference = float((got - want).abs().max())
-        self.error = max(self.error, difference if difference == difference else float("inf"))
-        self.largest = max(self.largest, float(want.abs().max()))
-
-
-def watcher(program: Program) -> Any:
-    """What the linker asks for a tensor's witness."""
-
-    def watch(fqn: str) -> Watcher | None:
-        owner, _, leaf = fqn.rpartition(".")
-        if leaf != "weight" or owner not in program.unfolded:
-            return None
-        return SiteWitness(program, owner)
+    def watch(key: str) -> Watcher | None:
+        fqn = weights.get(program.stored[key])
+        return None if fqn is None else witness(program, fqn, program.parts.get(key))
 
     return watch
 
@@ -94,13 +54,13 @@ def watch_file(program: Program, checkpoint: Checkpoint) -> dict[str, Any]:
     """The same measurements from a written checkpoint."""
     measured: dict[str, Any] = {}
     watch = watcher(program)
-    for key, fqn in program.stored.items():
-        if (witness := watch(fqn)) is None:
+    for key in program.stored:
+        if (seer := watch(key)) is None:
             continue
         leaf = Leaf(checkpoint.tensors[key])
         for low, high in chunks(leaf.spec.shape):
-            witness.see(low, high, read(leaf, low, high))
-        measured[fqn] = witness.result()
+            seer.see(low, high, read(leaf, low, high))
+        measured[key] = seer.result()
     return measured
 
 
@@ -111,28 +71,27 @@ def site_proof(program: Program, measured: Mapping[str, Any]) -> dict[str, Any]:
         ProofError: A site differs by more than its dtype's rounding explains.
     """
     worst: dict[str, Any] = {"relative_error": 0.0, "at": None, "bound": None}
-    for fqn, seen in measured.items():
-        dtype = program.constants[fqn].spec.dtype
+    for key, seen in measured.items():
+        dtype = program.written(key).spec.dtype
         bound = SITE_BOUND.get(dtype, torch.finfo(dtype).eps)
         relative = seen["error"] / max(seen["largest"], torch.finfo(torch.float32).tiny)
         if not relative <= bound:
             raise ProofError(
                 f"differs from what it came from by {relative:.2e} of its largest value (bound "
                 f"{bound:.2e})",
-                where=fqn,
+                where=key,
                 fix="nothing was published; look for weights that overflow "
                 f"{str(dtype).removeprefix('torch.')}",
             )
         if relative >= worst["relative_error"]:
-            worst = {"relative_error": relative, "at": fqn, "bound": bound}
-    return {"sites": len(measured), "samples": SAMPLES, **worst}
+            worst = {"relative_error": relative, "at": key, "bound": bound}
+    return {"sites": len(measured), **worst}
 
 
 def wants_whole(program: Program, extent: Extent) -> bool:
     """Whether to compare whole models, by the caller's wish or the model's size."""
-    count = sum(
-        torch.Size(program.constants[f].spec.shape).numel() for f in program.stored.values()
-    )
+    live = set(program.stored.values())
+    count = sum(torch.Size(program.constants[f].spec.shape).numel() for f in live)
     if not (isinstance(program.source, CheckpointSource) and program.unfolded):
         return False
     return extent == "whole" or (extent == "auto" and 4 * count <= AUTO_BYTES)
@@ -185,8 +144,8 @@ def unfold(program: Program) -> Program:
     """The program with every folded site as it was before."""
     sites = [old.site for old in program.unfolded.values()]
     constants = {
-        f"{fqn}.{local}": constant
-        for fqn, old in program.unfolded.items()
+        old.site.name(local): constant
+        for old in program.unfolded.values()
         for local, constant in old.constants.items()
     }
     return replace(program.rewrite(sites, constants), unfolded={})

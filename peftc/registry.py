@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftc.errors import AdapterError, PassError, did_you_mean
 
@@ -40,8 +41,8 @@ def name_of(cls: type[Pass]) -> str:
     return next((name for name, entry in PASSES.items() if entry == path), cls.__name__.lower())
 
 
-def method_for(peft_type: str) -> type[Method]:
-    """The method that reads adapters of a PEFT type.
+def method_for(config: Mapping[str, Any]) -> type[Method]:
+    """The method that reads a PEFT adapter_config.json.
 
     Raises:
         AdapterError: None does.
@@ -50,9 +51,9 @@ def method_for(peft_type: str) -> type[Method]:
 
     methods = [cls for cls in map(load, PASSES) if issubclass(cls, Method)]
     for cls in methods:
-        if cls.peft_type == peft_type:
+        if cls.reads(config):
             return cls
-    known = ", ".join(sorted(cls.peft_type for cls in methods if cls.peft_type))
+    known = ", ".join(sorted({cls.peft_type for cls in methods if cls.peft_type}))
     raise AdapterError(
-        f"adapters of type {peft_type} cannot be attached", fix=f"there are: {known}"
+        f"adapters of type {config['peft_type']} cannot be attached", fix=f"there are: {known}"
     )

@@ -7,70 +7,42 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from peftc import graphs
 from peftc.constants import Constant, Distribution, Initial
 from peftc.errors import SAVE_AGAIN, AdapterError
 from peftc.graphs import Builder, Spec, aten
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a class of modules keeps its linear map.
-
-    Attributes:
-        name: What users call it.
-        transposed: The weight is stored as (in, out), so that y = x·W + b.
-    """
-
-    name: str
-    transposed: bool
-
-
-LINEAR = Kind("linear", transposed=False)
-CONV1D = Kind("conv1d", transposed=True)
-KINDS = {kind.name: kind for kind in (LINEAR, CONV1D)}
-
-
-def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of a module of exactly known class; a subclass may compute something else."""
-    if type(module) is nn.Linear:
-        return LINEAR
-    if (
-        type(module).__name__ == "Conv1D"
-        and type(module).__module__ == "transformers.pytorch_utils"
-    ):
-        return CONV1D
-    return None
+from peftc.kinds import EmbeddingKind, ExpertsKind, Kind
 
 
 @cache
 def template(kind: Kind, bias: bool) -> fx.Graph:
-    """The graph of an untouched site, in normal form: one `aten.linear`."""
+    """The graph of an untouched site, in normal form: its kind's map by its stored weight."""
     build = Builder()
     x = build.graph.placeholder("x")
-    weight = build.const("weight")
-    matrix = build.t(weight) if kind.transposed else weight
-    build.graph.output(build.linear(x, matrix, build.const("bias") if bias else None))
+    matrix = kind.matrix(build, build.const("weight"))
+    build.graph.output(kind.apply(build, x, matrix, build.const("bias") if bias else None))
     return graphs.intern(build.graph)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One submodule as a graph from x (…, in_features) to y (…, out_features).
+    """One submodule, or one parameter of fused experts, as a graph from x to y.
 
     Attributes:
-        fqn: The submodule's name in the model; the graph's constants are named relative to it.
-        bias: Whether the submodule has a bias, whatever the graph makes of it.
+        fqn: Its name in the model; the graph's constants are named relative to it.
+        plain: The graph of the site as it was captured.
+        shape: Of the stored weight.
+        bias: Whether there is a bias, whatever the graph makes of it.
         dropouts: The probability of each dropout module that the graph calls.
     """
 
     fqn: str
     kind: Kind
     graph: fx.Graph
-    in_features: int
-    out_features: int
+    plain: fx.Graph
+    shape: tuple[int, ...]
     bias: bool
     dropouts: Mapping[str, float] = field(default_factory=dict)
 
@@ -80,9 +52,25 @@ class Site:
         return self.graph is self.plain
 
     @property
-    def plain(self) -> fx.Graph:
-        """The graph of the site as it was captured."""
-        return template(self.kind, self.bias)
+    def in_features(self) -> int:
+        """How many features x has; for an embedding, how many ids there are."""
+        return self.kind.sizes(self.shape)[0]
+
+    @property
+    def out_features(self) -> int:
+        """How many features y has."""
+        return self.kind.sizes(self.shape)[1]
+
+    def name(self, local: str) -> str:
+        """The name in the model of one of the site's tensors."""
+        return tensor_name(self.fqn, self.kind, local)
+
+
+def tensor_name(fqn: str, kind: Kind, local: str) -> str:
+    """The name in the model of a site's tensor; a parameter of experts has no module of its own."""
+    if not isinstance(kind, ExpertsKind):
+        return f"{fqn}.{local}"
+    return fqn if local == "weight" else f"{fqn}_{local}"
 
 
 class SiteEditor(Builder):
@@ -93,18 +81,42 @@ class SiteEditor(Builder):
         adapter: The adapter's name, part of each new constant's name.
         seed: For the start values of new constants.
         given: Trained tensors by their names in this site; none of them is drawn then.
+        shared: Constants that all sites of an adapter share, by name.
     """
 
     def __init__(
-        self, site: Site, adapter: str, seed: int = 0, given: Mapping[str, Constant] | None = None
+        self,
+        site: Site,
+        adapter: str,
+        seed: int = 0,
+        given: Mapping[str, Constant] | None = None,
+        shared: dict[str, Constant] | None = None,
     ) -> None:
         super().__init__(graphs.copy(site.graph))
         self.site, self.adapter, self.seed, self.given = site, adapter, seed, given
+        self.shared = {} if shared is None else shared
         self.created: dict[str, Constant] = {}
+        self.frozen: dict[str, str] = {}
+        self.rebound: dict[str, Constant] = {}
         self.dropouts = dict(site.dropouts)
         self._output = next(n for n in self.graph.nodes if n.op == "output")
         self.graph.inserting_before(self._output)
-        self.x: fx.Node = next(n for n in self.graph.nodes if n.op == "placeholder")
+        self.x: fx.Node = self.input("x")
+
+    @property
+    def kind(self) -> Kind:
+        """The site's kind."""
+        return self.site.kind
+
+    @property
+    def in_features(self) -> int:
+        """How many features x has."""
+        return self.site.in_features
+
+    @property
+    def out_features(self) -> int:
+        """How many features y has."""
+        return self.site.out_features
 
     @property
     def y(self) -> fx.Node:
@@ -117,12 +129,56 @@ class SiteEditor(Builder):
     def y(self, node: fx.Node) -> None:
         self._output.args = (node,)
 
+    @property
+    def weight(self) -> fx.Node:
+        """The base's weight as a matrix (out, in)."""
+        return self.kind.matrix(self, self.const("weight"))
+
+    def apply(
+        self, matrix: fx.Node, x: fx.Node | None = None, bias: fx.Node | None = None
+    ) -> fx.Node:
+        """The site's own map, of x or what was made of it, by another matrix (rows, in)."""
+        return self.kind.apply(self, self.x if x is None else x, matrix, bias)
+
+    def mix(self, h: fx.Node, matrix: fx.Node, bias: fx.Node | None = None) -> fx.Node:
+        """Features h mapped by a matrix (rows, features), place by place."""
+        return self.kind.mix(self, h, matrix, bias)
+
+    def scale_output(self, h: fx.Node, vector: fx.Node) -> fx.Node:
+        """H times a vector of one factor an output feature."""
+        return self.mul(h, self.kind.along_output(self, vector))
+
+    def scale_input(self, x: fx.Node, vector: fx.Node) -> fx.Node:
+        """The input x times a vector of one factor an input feature."""
+        return self.mul(x, self.kind.along_input(self, vector))
+
+    def cast_input(self, like: fx.Node) -> fx.Node:
+        """X in the dtype of a parameter; ids stay as they are."""
+        return self.x if isinstance(self.kind, EmbeddingKind) else self.type_as(self.x, like)
+
+    def down(
+        self, name: str, rank: int, distribution: Distribution = "zeros", scale: float = 1.0
+    ) -> fx.Node:
+        """A new matrix (rank, in), stored as PEFT stores it at this kind of site."""
+        shape = self.kind.down(rank, self.site.shape)
+        parameter = self.parameter(name, shape, distribution, scale)
+        return self.kind.down_matrix(self, parameter, self.site.shape)
+
+    def up(
+        self, name: str, rank: int, distribution: Distribution = "zeros", scale: float = 1.0
+    ) -> fx.Node:
+        """A new matrix (out, rank), stored as PEFT stores it at this kind of site."""
+        shape = self.kind.up(rank, self.site.shape)
+        parameter = self.parameter(name, shape, distribution, scale)
+        return self.kind.up_matrix(self, parameter, self.site.shape)
+
     def parameter(
         self,
         name: str,
         shape: tuple[int, ...],
         distribution: Distribution = "zeros",
         scale: float = 1.0,
+        start: Constant | None = None,
     ) -> fx.Node:
         """A new trainable fp32 constant, drawn from a distribution or taken from the given tensors.
 
@@ -131,13 +187,13 @@ class SiteEditor(Builder):
                 part, as in a live PEFT model: `lora_A.default.weight`.
             shape: Its shape, which a given tensor must have.
             distribution: Its start values.
-            scale: Standard deviation of a gaussian.
+            scale: Of a gaussian, the standard deviation; of `full`, the value.
+            start: Start values of its own, such as ones derived from the weight.
         """
         local = local_name(name, self.adapter)
-        fqn = f"{self.site.fqn}.{local}"
         if self.given is None:
-            constant: Constant = Initial(
-                fqn, Spec(shape, torch.float32), distribution, self.seed, scale
+            constant = start or Initial(
+                self.site.name(local), Spec(shape, torch.float32), distribution, self.seed, scale
             )
         elif local not in self.given:
             raise AdapterError(
@@ -147,15 +203,31 @@ class SiteEditor(Builder):
             )
         else:
             constant = self.given[local]
-            if constant.spec.shape != shape:
-                raise AdapterError(
-                    f"{name} has shape {list(constant.spec.shape)}, "
-                    f"this site and the adapter's config ask for {list(shape)}",
-                    where=self.site.fqn,
-                    fix="use the adapter with the model it was trained on",
-                )
+        if constant.spec.shape != shape:
+            raise AdapterError(
+                f"{name} has shape {list(constant.spec.shape)}, "
+                f"this site and the adapter's config ask for {list(shape)}",
+                where=self.site.fqn,
+                fix="use the adapter with the model it was trained on",
+            )
         self.created[local] = constant
         return self.const(local)
+
+    def share(self, name: str, start: Constant) -> fx.Node:
+        """A constant that is not trained and that all sites of the adapter share.
+
+        Args:
+            name: As in PEFT's files, without a site.
+            start: Its values, unless they are given.
+        """
+        local = local_name(name, self.adapter)
+        self.frozen[local] = name
+        self.created[local] = self.shared.setdefault(name, start)
+        return self.const(local)
+
+    def rebind(self, local: str, constant: Constant) -> None:
+        """Gives one of the base's own tensors another value, as a start that takes from it does."""
+        self.rebound[local] = constant
 
     def dropout(self, name: str, p: float, x: fx.Node) -> fx.Node:
         """`x` through dropout in training; a module of its own, so that train and eval reach it."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from peftc.program import Program
 
 ALL_LINEAR = "all-linear"
+ROLES = "role:"
+ROLE_NAMES = ("query", "key", "value", "output", "up", "down")
+LINEARS = {"linear", "conv1d"}  # the kinds of site that all-linear means
 
 
 def _layer_ranges(value: Any) -> Any:
@@ -31,7 +34,7 @@ def _layer_ranges(value: Any) -> Any:
 
 def _names(value: Any) -> Any:
     """`q_proj,v_proj` is two names; a string with regular-expression signs is one expression."""
-    if not isinstance(value, str) or value == ALL_LINEAR:
+    if not isinstance(value, str) or value == ALL_LINEAR or value.startswith(ROLES):
         return value
     if not re.search(r"[\\()\[\]{}|*+?^$]", value):
         return [part.strip() for part in value.split(",")]
@@ -63,7 +66,8 @@ class Targets(BaseModel):
     targets: Names = Field(
         ALL_LINEAR,
         description="module names or suffixes (q_proj,v_proj), a regular expression that matches "
-        "the whole name, or all-linear: every linear layer but the output head",
+        "the whole name; all-linear: every linear layer but the output head; or role:query,value: "
+        "the layers in these roles (query, key, value, output, up, down), by the model's structure",
     )
     exclude: Names | None = Field(None, description="modules to leave alone, written like targets")
     layers: Layers | None = Field(None, description="only these layers: 0-3,8")
@@ -76,7 +80,9 @@ class Targets(BaseModel):
         names, others = list(program.sites), program.modules
         errors: list[PeftcError] = []
         if self.targets == ALL_LINEAR:
-            chosen = [name for name in names if name != program.head]
+            chosen = _linears(program)
+        elif isinstance(self.targets, str) and self.targets.startswith(ROLES):
+            chosen, errors = _of_roles(program, self.targets.removeprefix(ROLES))
         else:
             chosen = [name for name in names if _matches(self.targets, name)]
             errors += _idle("target", self.targets, names, names, others)
@@ -92,7 +98,7 @@ class Targets(BaseModel):
         if not chosen and not errors:
             errors.append(
                 SelectionError(
-                    f"no site is left to work on ({len(names)} linear layers in the model)",
+                    f"no site is left to work on ({len(names)} in the model)",
                     fix="widen targets, or narrow exclude and layers",
                 )
             )
@@ -104,6 +110,75 @@ class Targets(BaseModel):
             rf"(?:^|.*?\.){pattern}\.(\d+)\." if pattern else r".*?\.[^.]*\.(\d+)\.", name
         )
         return int(found[1]) if found else None
+
+
+def _linears(program: Program) -> list[str]:
+    """Every linear layer that is called, but for the head."""
+    roles = program.source.roles()
+    return [
+        name
+        for name, site in program.sites.items()
+        if site.kind.name in LINEARS
+        and name != program.head
+        and (roles is None or name in roles.called or name in roles.unknown)
+    ]
+
+
+def _of_roles(program: Program, wanted: str) -> tuple[list[str], list[PeftcError]]:
+    """The linear layers that the model's own structure shows in one of these roles."""
+    names = [role.strip() for role in wanted.split(",")]
+    errors: list[PeftcError] = [
+        SelectionError(f"there is no role {name!r}", fix=did_you_mean(name, ROLE_NAMES))
+        for name in names
+        if name not in ROLE_NAMES
+    ]
+    roles = program.source.roles()
+    if roles is None:
+        errors.append(
+            SelectionError(
+                "the model cannot be run on sample input to see what its layers are for",
+                fix="name the targets",
+            )
+        )
+        return [], errors
+    linears = _linears(program)
+    inner = [name for name in linears if re.search(r"\.\d+\.", name)] or linears
+    chosen = [name for name in inner if roles.roles.get(name, frozenset()) & set(names)]
+    for name in names if not errors else ():
+        if not any(name in roles.roles.get(fqn, ()) for fqn in chosen):
+            errors.append(SelectionError(f"no layer is a {name}", fix="name the targets"))
+    return chosen, errors
+
+
+def named_modules(
+    patterns: str | list[str], program: Program
+) -> tuple[list[str], list[PeftcError]]:
+    """The modules with tensors of their own that patterns name, and patterns that name none."""
+    owners = {fqn.rpartition(".")[0] for fqn in program.constants}
+    names = [
+        module
+        for module in sorted(program.modules)
+        if any(owner == module or owner.startswith(f"{module}.") for owner in owners)
+    ]
+    chosen = [name for name in names if _matches(patterns, name)]
+    return chosen, _idle("module", patterns, names, names, program.modules)
+
+
+def idle_modules(program: Program, names: Sequence[str]) -> list[PeftcError]:
+    """An error for each chosen module that no forward pass calls: what is added is never run."""
+    roles = program.source.roles()
+    if roles is None:
+        return []
+    return [
+        SelectionError(
+            "is never called in a forward pass: its weight is read without it, so that an "
+            "adapter there would do nothing",
+            where=name,
+            fix="exclude it",
+        )
+        for name in names
+        if name not in roles.called and name not in roles.unknown
+    ]
 
 
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
@@ -152,7 +227,7 @@ def _unmatched(
 ) -> SelectionError:
     if any(_matches([pattern], name) for name in others):
         return SelectionError(
-            f"{what} {pattern!r} names a module that is no linear layer",
+            f"{what} {pattern!r} names a module that is no site of any kind",
             fix=did_you_mean(pattern, names),
         )
     return SelectionError(f"{what} {pattern!r} matches no site", fix=did_you_mean(pattern, names))

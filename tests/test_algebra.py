@@ -188,7 +188,7 @@ def test_rows_equal_the_whole_in_any_split(data: DataObject) -> None:
             bound.append((constant.graph, constant.inputs, None))
     for graph, constants, given_x in bound:
         want, scale = plain(graph, constants, given_x)
-        evaluation = Evaluation(graph, constants, given_x)
+        evaluation = Evaluation(graph, constants, None if given_x is None else {"x": given_x})
         size, dim = evaluation.size, 0 if given_x is None else -1
         assert size == want.shape[dim]
         edges = [0, *sorted(data.draw(st.sets(st.integers(1, max(1, size - 1))))), size]
@@ -274,7 +274,7 @@ def test_rows_equal_the_whole_when_x_is_multiplied_by_mm() -> None:
     build = Builder()
     build.graph.output(build.mm(build.graph.placeholder("x"), build.const("m")))
     x, matrix = values(3, 4), values(4, 6, seed=1)
-    evaluation = Evaluation(graphs.intern(build.graph), {"m": Held(matrix)}, x)
+    evaluation = Evaluation(graphs.intern(build.graph), {"m": Held(matrix)}, {"x": x})
     assert torch.equal(evaluation.whole(), x @ matrix)
     assert distance(evaluation.rows(1, 4), (x @ matrix)[:, 1:4]) <= 1e-6
 

@@ -51,7 +51,7 @@ OPTIONS: list[tuple[dict[str, Any], Kind, tuple[str, ...]]] = [
     ({"targets": "self_attn.q_porj"}, SelectionError, ("'self_attn.q_porj'", "q_proj")),
     ({"targets": r".*\.q_porj"}, SelectionError, ("q_porj",)),
     ({"targets": "q_proj("}, PassError, ("q_proj(", "regular expression")),
-    ({"targets": "embed_tokens"}, SelectionError, ("'embed_tokens'", "no linear layer")),
+    ({"targets": "self_attn"}, SelectionError, ("'self_attn'", "no site")),
     ({"targets": []}, PeftcError, ("target",)),
     ({"exclude": "q_porj"}, SelectionError, TYPO),
     ({"targets": "q_proj", "exclude": "self_attn.q_proj"}, SelectionError, ("exclude",)),

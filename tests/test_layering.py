@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
-    "errors", "progress", "safetensors_file", "checkpoint", "graphs", "constants", "evaluate",
-    "sites", "program", "targets", "contract", "adapter", "registry", "algebra", "pipeline",
-    "outline", "capturing", "artifact", "link", "live", "proof", "kernels", "passes", "exporters",
-    "recipe", "api", "terminal", "inspection", "demo_model", "demo", "cli_options", "cli",
-    "__main__",
+    "errors", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants",
+    "evaluate", "kinds", "layout", "sites", "program", "targets", "contract", "adapter", "registry",
+    "rules", "algebra", "pipeline", "tracing", "conversion", "roles", "outline", "capturing",
+    "artifact", "link", "live", "witness", "proof", "kernels", "passes", "exporters", "recipe",
+    "api", "terminal", "inspection", "demo_model", "demo", "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",

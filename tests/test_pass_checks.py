@@ -91,7 +91,7 @@ def nowhere(site: SiteEditor) -> None:
 
 
 def relabel(program: Program) -> Program:
-    return program.rewrite([replace(program.sites["0"], out_features=7)])
+    return program.rewrite([replace(program.sites["0"], shape=(7, 4))])
 
 
 def forget(program: Program) -> Program:
