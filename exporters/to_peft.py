@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from peftc.adapter import CONFIG, WEIGHTS
@@ -15,6 +16,8 @@ from peftc.errors import ArtifactError, did_you_mean
 from peftc.evaluate import value
 from peftc.exporters.to_safetensors import folders, manifest
 from peftc.program import Adapter, Program
+from peftc.structure import peft_edits
+from peftc.targets import named_modules
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -27,7 +30,13 @@ TASKS = {
 
 
 def to_peft(
-    program: Program, target: str | Path, adapter: str | None = None, *, overwrite: bool = False
+    program: Program,
+    target: str | Path,
+    adapter: str | None = None,
+    *,
+    canonical: bool = False,
+    rank: int | None = None,
+    overwrite: bool = False,
 ) -> Artifact:
     """Publishes one adapter of a program as a PEFT directory.
 
@@ -35,17 +44,37 @@ def to_peft(
         program: Carries the adapter, fresh or trained.
         target: A directory that does not exist.
         adapter: Which one; may be left out where there is only one.
+        canonical: Write what all adapters add, or just that one, as one plain LoRA that vLLM and
+            llama.cpp read too (see `peftc.exporters.canonical.to_canonical`).
+        rank: Of that LoRA.
         overwrite: Replace an artifact that peftc wrote there.
 
     Raises:
         ArtifactError: The target cannot be written, or there is no such adapter.
     """
+    if program.adapters and (moved := program.rewritten):
+        raise ArtifactError(
+            f"the adapter alone would be wrong: {len(moved)} weights of its base were changed too, "
+            f"such as {moved[0]}",
+            where=str(target),
+            fix="write both (peftc apply), or after PiSSA and OLoRA: peftc.restore_base(program)",
+        )
+    if canonical:
+        from peftc.exporters.canonical import to_canonical
+
+        return to_canonical(program, target, adapter, rank, overwrite=overwrite)
     name = adapter or (next(iter(program.adapters)) if len(program.adapters) == 1 else "")
     if name not in program.adapters:
         raise ArtifactError(
             f"the program carries no adapter {name!r}" if name else "which adapter?",
             where=str(target),
             fix=did_you_mean(name, program.adapters) if program.adapters else "attach one first",
+        )
+    if peft_edits(program) is None:
+        raise ArtifactError(
+            "the adapter belongs to a model whose structure was edited, which PEFT cannot repeat",
+            where=str(target),
+            fix="write the model with it: peftc apply, or peftc.apply",
         )
     found = program.adapters[name]
     need = sum(program.constants[fqn].spec.nbytes for fqn in found.tensors.values())
@@ -63,9 +92,13 @@ def write_adapter(
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into a staging directory."""
     adapter = program.adapters[name]
-    tensors = {
-        key: value(program.constants[fqn]).contiguous() for key, fqn in adapter.tensors.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for key, fqn in adapter.tensors.items():
+        tensor = value(program.constants[fqn]).contiguous()
+        # A tied tensor has several names, and the format takes no memory twice.
+        tensors[key] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
     modules, experts = _targets(program, adapter)
     config = {
         **adapter.config,
@@ -74,6 +107,7 @@ def write_adapter(
         "inference_mode": True,
         "target_modules": modules,
         "fan_in_fan_out": any(program.sites[s].kind.name == "conv1d" for s in adapter.sites),
+        **(peft_edits(program) or {} if base is None else {}),
     }
     if experts:
         config["target_parameters"] = experts
@@ -88,8 +122,17 @@ def _targets(program: Program, adapter: Adapter) -> tuple[list[str], list[str]]:
     from peftc.kinds import ExpertsKind
 
     experts = [s for s in adapter.sites if isinstance(program.sites[s].kind, ExpertsKind)]
-    modules = [s for s in adapter.sites if s not in set(experts)]
+    modules = [s for s in adapter.sites if s not in set(experts)] or _owners(program, adapter)
     return _shortest(modules, program.modules, 1), _shortest(experts, program.sites, 3)
+
+
+def _owners(program: Program, adapter: Adapter) -> list[str]:
+    """The modules whose own tensors an adapter trains, but for those of `modules_to_save`."""
+    if adapter.sites:
+        return []
+    saved, _ = named_modules(adapter.config.get("modules_to_save") or [], program)
+    whole = set(program.tensors_of(saved))
+    return sorted({f.rpartition(".")[0] for f in adapter.tensors.values() if f not in whole})
 
 
 def _shortest(chosen: Sequence[str], names: Iterable[str], parts: int) -> list[str]:

@@ -78,8 +78,9 @@ def write_model(
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
-    for name, path in program.source.companions().items():
-        stage.add(folder + name, path.read_bytes())
+    kept = {name: path.read_bytes() for name, path in program.source.companions().items()}
+    for name, content in {**kept, **program.source.edited()}.items():
+        stage.add(folder + name, content)
     return link(program, stage, folder, workers=workers, watch=watcher(program), progress=progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from peftc.constants import Constant
     from peftc.program import Program
 
+_COMMON = PEFT_PREFIX.removesuffix("model.")  # before the name of what all sites share
 _SHOWN = 5  # how many of many alike errors are spelled out
 
 
@@ -45,6 +47,16 @@ class Attach(Pass):
     weight: float = Field(
         1.0, allow_inf_nan=False, description="multiplies what the adapter adds; may be negative"
     )
+
+    def needs(self, program: Program) -> list[Pass]:
+        """What the adapter's config says to do before: PEFT's layer replication."""
+        from peftc.adapter import AdapterDirectory
+        from peftc.passes.replicate_layers import needed
+
+        try:
+            return [*needed(program, AdapterDirectory.open(resolve(self.path)).config)]
+        except PeftcError:
+            return []  # which `check` reports
 
     def check(self, program: Program) -> list[PeftcError]:
         try:
@@ -98,16 +110,21 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
 
     directory = AdapterDirectory.open(resolve(path))
     method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
-    given, loose, errors = _sort(program, directory, name)
+    given, common, loose, errors = _sort(program, directory, name)
     raise_all(errors)
+    given |= {fqn: {} for fqn in _tied(program, method, given)}
     raise_all(_unserved(program, method, list(given)))
     sites = [fqn for fqn in program.sites if fqn in given]
+    raise_all(_misfits(method.common(program, sites), common, directory))
     try:
-        attached = program.inject(method, sites, given)
+        attached = program.inject(method, sites, given, common)
     except Violations as found:
         raise _brief(found) from None
-    biases = _biases(attached, name, loose, directory, weight)
-    return Bound(attached.rewrite(constants=biases), directory)
+    for key in attached.adapters[name].tensors:
+        if not key.startswith(PEFT_PREFIX) and key.removeprefix(_COMMON) not in common:
+            raise AdapterError(f"lacks {key}", where=str(directory.file.path), fix=SAVE_AGAIN)
+    own = _own(attached, name, loose, directory, weight)
+    return Bound(attached.rewrite(constants=own), directory)
 
 
 def _method(directory: AdapterDirectory) -> Method:
@@ -127,22 +144,27 @@ def _method(directory: AdapterDirectory) -> Method:
 
 def _sort(
     program: Program, directory: AdapterDirectory, name: str
-) -> tuple[dict[str, dict[str, Constant]], dict[str, Constant], list[PeftcError]]:
-    """Each site's tensors by local names, the base's own biases, and what binds to neither."""
+) -> tuple[
+    dict[str, dict[str, Constant]], dict[str, Constant], dict[str, Constant], list[PeftcError]
+]:
+    """Each site's tensors by local names, what all share, the base's own; and what is none."""
     from peftc.sites import local_name
 
     given: dict[str, dict[str, Constant]] = {}
+    common: dict[str, Constant] = {}
     loose: dict[str, Constant] = {}
     strays: list[str] = []
     experts = _experts(program, directory.config)
     for key, leaf in directory.leaves().items():
         path = key.removeprefix(PEFT_PREFIX)
         site, suffix = _place(program, experts, path)
-        if path == key:
+        if path == key and key.startswith(_COMMON):
+            common[key.removeprefix(_COMMON)] = leaf
+        elif path == key:
             strays.append(key)
-        elif ".base_layer." in path and _same(program, path.replace(".base_layer.", "."), leaf):
+        elif ".base_layer." in path and _same(program, _plain(path), leaf):
             continue  # PEFT saves the base's own weight of an adapted head or embedding
-        elif path.replace(".base_layer.", ".") in program.constants:
+        elif _plain(path) in program.constants:
             loose[key] = leaf
         elif site is None:
             strays.append(key)
@@ -163,7 +185,7 @@ def _sort(
                 f"adapter keys like {PEFT_PREFIX}<layer>.lora_A.weight",
             )
         )
-        return given, loose, errors
+        return given, common, loose, errors
     for key in strays[:_SHOWN]:
         module = key.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0]
         errors.append(
@@ -181,7 +203,31 @@ def _sort(
                 fix="mend those named above first",
             )
         )
-    return given, loose, errors
+    return given, common, loose, errors
+
+
+def _plain(path: str) -> str:
+    """A tensor of the base by its own name: PEFT keeps some in modules of its own."""
+    return re.sub(r"\.(base_layer|ln_tuning_layers)\.", ".", path)
+
+
+def _misfits(
+    wanted: Mapping[str, Constant], common: Mapping[str, Constant], directory: AdapterDirectory
+) -> list[PeftcError]:
+    """Tensors for all sites that the method does not have, or has in another shape."""
+    errors: list[PeftcError] = []
+    for name, leaf in common.items():
+        want = wanted[name].spec.shape if name in wanted else None
+        if leaf.spec.shape != want:
+            fits = f"its layers ask for {list(want)}" if want else "is not part of this method"
+            errors.append(
+                AdapterError(
+                    f"{_COMMON}{name}, of shape {list(leaf.spec.shape)}: {fits}",
+                    where=str(directory.file.path),
+                    fix=SAVE_AGAIN,
+                )
+            )
+    return errors
 
 
 def _experts(program: Program, config: Mapping[str, Any]) -> dict[str, str]:
@@ -204,6 +250,18 @@ def _place(program: Program, experts: Mapping[str, str], path: str) -> tuple[str
         if (head := ".".join(parts[:cut])) in experts:
             return experts[head], ".".join(parts[cut:])
     return program.site_of(path)
+
+
+def _tied(program: Program, method: Method, given: Mapping[str, Any]) -> list[str]:
+    """Targeted sites without tensors of their own that are tied to one that has some."""
+    if "targets" not in method.model_fields_set:
+        return []
+    return [
+        fqn
+        for fqn in method.pick(program)[0]
+        if fqn not in given
+        and any(name.rpartition(".")[0] in given for name in program.names_of(f"{fqn}.weight"))
+    ]
 
 
 def _typical(program: Program) -> str:
@@ -234,26 +292,28 @@ def _unserved(program: Program, method: Method, bound: list[str]) -> list[PeftcE
                     fix="save the adapter again: a part of it is lost",
                 )
             )
+    errors += method.saved(program)[1] + method.unserved(program, bound)
     for option in ("rank_pattern", "alpha_pattern"):
         errors += unbound_patterns(option, getattr(method, option, {}), bound)
     return errors
 
 
-def _biases(
+def _own(
     program: Program,
     name: str,
     loose: dict[str, Constant],
     directory: AdapterDirectory,
     weight: float,
 ) -> dict[str, Constant]:
-    """The base's trained biases, which stand in for its own."""
+    """The trained tensors of the base, which stand in for its own."""
     from peftc.constants import cast
+    from peftc.evaluate import value
 
     stored = set(program.stored.values())
     mine = [fqn for fqn in program.adapters[name].tensors.values() if fqn in stored]
     wanted = {f"{PEFT_PREFIX}{alias}": fqn for fqn in mine for alias in program.names_of(fqn)}
     where = str(directory.file.path)
-    found = {key.replace(".base_layer.", "."): leaf for key, leaf in loose.items()}
+    found = {_plain(key): leaf for key, leaf in loose.items()}
     errors: list[PeftcError] = []
     errors += [
         AdapterError(
@@ -265,7 +325,7 @@ def _biases(
     ]
     served = {wanted[key] for key in found if key in wanted}
     errors += [
-        AdapterError(f"lacks the trained bias {fqn}", where=where, fix=SAVE_AGAIN)
+        AdapterError(f"lacks the trained tensor {fqn}", where=where, fix=SAVE_AGAIN)
         for fqn in sorted(set(mine) - served)
     ]
     for key, leaf in found.items():
@@ -282,7 +342,7 @@ def _biases(
     if found and weight != 1:
         errors.append(
             AdapterError(
-                f"has trained biases, which cannot be weighed by {weight}",
+                f"has trained tensors of the base, which cannot be weighed by {weight}",
                 where=where,
                 fix="attach it with weight 1",
             )
@@ -290,8 +350,12 @@ def _biases(
     raise_all(errors[:_SHOWN])
     trained: dict[str, Constant] = {}
     for key, leaf in found.items():
-        bias = cast(leaf, program.constants[wanted[key]].spec.dtype)
-        trained |= dict.fromkeys(program.names_of(wanted[key]), bias)
+        tensor = cast(leaf, program.constants[wanted[key]].spec.dtype)
+        trained[key.removeprefix(PEFT_PREFIX)] = tensor
+    for tied, owner in program.aliases.items():
+        both = trained.get(tied), trained.get(owner)
+        if both[0] and both[1] and value(both[0]).equal(value(both[1])):
+            trained[tied] = trained[owner]
     return trained
 
 

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 
 class Fold(Pass):
-    """Fold every site that is affine in its input; the others stay as they are."""
+    """Fold every site that is affine in its input, and of the others the parts that are."""
 
     effect: ClassVar[Effect] = Effect.EQUAL
 
     def run(self, program: Program) -> PassResult:
         from peftc.algebra import fold_sites
 
-        folded, _ = fold_sites(program)
-        return PassResult(folded, modified=folded is not program)
+        folded, left = fold_sites(program, partly=True)
+        kept = {str(error.where): error.what for error in left}
+        measured = {"kept": kept} if kept else {}
+        return PassResult(folded, modified=folded is not program, measured=measured)

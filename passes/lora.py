@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
-from peftc.contract import ALL_KINDS, Method
+from peftc.contract import ALL_KINDS, Effect, Method, trained_biases
 from peftc.errors import AdapterError, PassError, PeftcError
-from peftc.targets import Names, Pattern, Targets, pattern_key, unbound_patterns
+from peftc.passes.tokens import Ids, replace_rows, with_tied
+from peftc.targets import LINEARS, Names, Pattern, Targets, pattern_key, unbound_patterns
 
 if TYPE_CHECKING:
     from torch import fx
@@ -30,15 +31,18 @@ class Lora(Method):
         "r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern", "lora_dropout": "dropout", "bias": "bias",
         "lora_bias": "lora_bias", "target_parameters": "parameters",
+        "trainable_token_indices": "tokens",
     }  # fmt: skip
     peft_defaults: ClassVar[Mapping[str, Any]] = {"r": 8, "lora_alpha": 8}
     peft_neutral: ClassVar[frozenset[str]] = frozenset(
         {
-            "corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_ga_config",
+            "corda_config", "eva_config", "init_lora_weights", "layer_replication", "loftq_config",
+            "lora_ga_config",
             "megatron_core", "qalora_group_size",
         }
     )  # fmt: skip
     kinds: ClassVar[frozenset[str]] = ALL_KINDS
+    grouped: ClassVar[bool] = False
 
     rank: int = Field(16, gt=0, description="rank of A and B")
     alpha: float | None = Field(
@@ -51,9 +55,11 @@ class Lora(Method):
         "none", description="which of the base's biases are trained too"
     )
     lora_bias: bool = Field(False, description="give B a bias")
-    init: Literal["kaiming", "gaussian"] = Field(
+    init: str = Field(
         "kaiming",
-        description="A's start: uniform (Kaiming, a = √5) or normal with deviation 1/rank",
+        pattern=r"^(kaiming|gaussian|pissa|pissa_niter_\d{1,3}|olora)$",
+        description="A's start: kaiming (uniform, a = √5) or gaussian (deviation 1/rank), with B "
+        "zero; or a part of the weight, which it loses: pissa, pissa_niter_N (quicker), olora",
     )
     rank_pattern: dict[Pattern, Annotated[int, Field(gt=0)]] = Field(
         {}, description="ranks by module: q_proj=32"
@@ -67,10 +73,21 @@ class Lora(Method):
         description="parameters of fused experts, beside targets: mlp.experts.gate_up_proj",
     )
 
+    tokens: dict[str, Ids] = Field(
+        {}, description="ids whose embeddings are trained too, by module: embed_tokens=32000"
+    )
+
+    _rows: dict[str, list[int]] = PrivateAttr(default_factory=dict)
+
     def inject(self, site: SiteEditor) -> None:
+        if ids := self.tokens_at(site.site.fqn):
+            replace_rows(site, "token_adapter.trainable_tokens_delta", ids)
+            return
         a, b = self.factors(site)
         bias = site.parameter("lora_B.bias", (site.out_features,)) if self.lora_bias else None
-        x = site.dropout("lora_dropout", self.dropout, site.cast_input(a))
+        x = site.cast_input(a)
+        if site.kind.name != "embedding":  # ids are not dropped
+            x = site.dropout("lora_dropout", self.dropout, x)
         branch = site.mix(site.apply(a, x), b, bias)
         site.add_to_output(site.mul(branch, self.scale_at(site.site.fqn)))
 
@@ -80,22 +97,65 @@ class Lora(Method):
         if site.kind.name == "embedding":
             b = site.up("lora_embedding_B", rank, "gaussian")
             return site.down("lora_embedding_A", rank), b
+        if self.moves_base and site.given is None:
+            from peftc.passes.starts import take
+
+            starts = take(site, self.init, rank, self.scale_at(site.site.fqn))
+            names = ("lora_A.weight", "lora_B.weight")
+            a, b = (
+                site.parameter(n, s.spec.shape, start=s) for n, s in zip(names, starts, strict=True)
+            )
+            return a, b
         start = ("kaiming_uniform", 1.0) if self.init == "kaiming" else ("gaussian", 1 / rank)
         a = site.down("lora_A.weight", rank, *start)  # type: ignore[arg-type]
         return a, site.up("lora_B.weight", rank)
 
     def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:
-        if not self.parameters:
-            return super().pick(program)
-        experts = Targets(
-            targets=self.parameters,
-            exclude=self.exclude, layers=self.layers, layers_pattern=self.layers_pattern,
-        )  # fmt: skip
-        chosen, errors = experts.pick(program)
-        if self.targets:
-            others, more = super().pick(program)
-            chosen, errors = [*others, *chosen], [*errors, *more]
+        further = [Targets(targets=list(self.tokens))] if self.tokens else []
+        if self.parameters:
+            more = {"exclude": self.exclude, "layers": self.layers}
+            further.append(Targets(targets=self.parameters, **more))
+        chosen, errors = super().pick(program) if self.targets or not further else ([], [])
+        for targets in further:
+            found, wrong = targets.pick(program)
+            chosen, errors = [*chosen, *with_tied(program, found)], [*errors, *wrong]
         return [fqn for fqn in program.sites if fqn in set(chosen)], errors
+
+    def settled(self, program: Program) -> Self:
+        heads = {
+            tied: ids
+            for pattern, ids in self.tokens.items()
+            for tied in with_tied(program, Targets(targets=[pattern]).pick(program)[0])
+        }
+        settled = self.model_copy()
+        settled._rows = heads
+        return settled
+
+    def tokens_at(self, fqn: str) -> list[int]:
+        """The ids whose rows are trained at one site."""
+        return self._rows.get(fqn, [])
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether A and B start as a part of the weight, which is taken from it."""
+        return self.init not in ("kaiming", "gaussian")
+
+    def declared(self) -> Effect:
+        return Effect.EQUAL if self.moves_base else self.effect
+
+    def unserved(self, program: Program, names: Sequence[str]) -> list[PeftcError]:
+        errors = super().unserved(program, names)
+        if not self.moves_base:
+            return errors
+        return errors + [
+            PassError(
+                f"{self.init} needs a linear layer, and this is a {program.sites[fqn].kind.name}",
+                where=fqn,
+                fix="exclude it",
+            )
+            for fqn in names
+            if program.sites[fqn].kind.name not in LINEARS
+        ]
 
     def rank_at(self, fqn: str) -> int:
         """The rank at one site."""
@@ -123,7 +183,7 @@ class Lora(Method):
         errors += unbound_patterns("alpha pattern", self.alpha_pattern, chosen)
         for fqn in chosen:
             site = program.sites[fqn]
-            smaller = min(site.in_features, site.out_features)
+            smaller = min(math.prod(site.kind.down(1, site.shape)[1:]), site.out_features)
             if self.rank_at(fqn) > smaller:
                 errors.append(
                     PassError(
@@ -135,21 +195,21 @@ class Lora(Method):
         return errors
 
     def trains(self, program: Program, sites: list[str]) -> list[str]:
-        whole = super().trains(program, sites)
-        known = program.stored.values()
-        if self.bias == "none":
-            return whole
-        own = {f"{fqn}.bias" for fqn in sites} if self.bias == "lora_only" else None
-        biases = [f for f in known if f.endswith(".bias") and (own is None or f in own)]
-        return list(dict.fromkeys((*whole, *biases)))
+        biases = trained_biases(program, self.bias, sites)
+        return list(dict.fromkeys((*super().trains(program, sites), *biases)))
 
     def peft_config(self) -> dict[str, Any]:
         alpha = self.alpha if self.alpha is not None else self.rank
         return {
             **super().peft_config(),
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "init_lora_weights": True if self.init == "kaiming" else "gaussian",
+            "init_lora_weights": "gaussian" if self.init == "gaussian" else True,
+            "trainable_token_indices": dict(self.tokens) or None,
         }
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return super().reads(config) and not config.get("use_dora")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
@@ -159,4 +219,6 @@ class Lora(Method):
                 f"the adapter was started by {start!r}, which changed the base's weights too",
                 fix="save it with PEFT's path_initial_model_for_weight_conversion",
             )
+        if isinstance(rows := config.get("trainable_token_indices"), list):
+            config = {**config, "trainable_token_indices": {"embed_tokens": rows}}
         return super().from_peft(config)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftc.analysis import SiteAnalysis, analyse
     from peftc.api import apply, export, load, verify
     from peftc.artifact import Artifact
     from peftc.capturing import capture
@@ -17,16 +18,20 @@ if TYPE_CHECKING:
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
+    from peftc.optimizer_groups import optimizer_groups
     from peftc.passes.attach import Attach
+    from peftc.passes.combine import Combine
     from peftc.passes.fold import Fold
     from peftc.passes.lora import Lora
     from peftc.passes.merge import Merge
+    from peftc.passes.starts import restore_base
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
     from peftc.program import Program
     from peftc.recipe import Recipe
 
 _HOMES = {
+    "analysis": ("SiteAnalysis", "analyse"),
     "api": ("apply", "export", "load", "verify"),
     "artifact": ("Artifact",),
     "capturing": ("capture",),
@@ -35,10 +40,13 @@ _HOMES = {
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
+    "optimizer_groups": ("optimizer_groups",),
     "passes.attach": ("Attach",),
+    "passes.combine": ("Combine",),
     "passes.fold": ("Fold",),
     "passes.lora": ("Lora",),
     "passes.merge": ("Merge",),
+    "passes.starts": ("restore_base",),
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
     "program": ("Program",),
@@ -48,15 +56,24 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Artifact", "Attach", "Effect", "Fold", "Lora", "Merge", "Method", "Pass", "PassResult",
-    "PeftcError", "Pipeline", "Program", "Recipe", "Unmerge", "absorb", "apply", "capture",
-    "export", "load", "materialize", "to_peft", "to_safetensors", "verify",
+    "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
+    "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis", "Unmerge",
+    "absorb", "analyse", "apply", "capture", "export", "load", "materialize", "optimizer_groups",
+    "restore_base", "to_peft", "to_safetensors", "verify",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    """Everything that is exported, and the class of every registered pass."""
+    home = _HOME.get(name) or _pass_home(name)
+    if home is None:
         raise AttributeError(f"module 'peftc' has no attribute {name!r}")
-    found = getattr(import_module(f"peftc.{_HOME[name]}"), name)
+    found = getattr(import_module(f"peftc.{home}"), name)
     globals()[name] = found  # `capture` and others would else be shadowed by their modules
     return found
+
+
+def _pass_home(name: str) -> str | None:
+    passes = import_module("peftc.registry").PASSES
+    entries = (entry.removeprefix("peftc.").split(":") for entry in passes.values())
+    return next((home for home, found in entries if found == name), None)

@@ -22,7 +22,7 @@ from peftc import graphs
 from peftc.constants import Constant, Initial, cast, derive, widened
 from peftc.errors import FoldError
 from peftc.graphs import Builder, Spec, aten
-from peftc.kinds import Kind
+from peftc.kinds import EmbeddingKind, Kind
 from peftc.layout import transposed
 from peftc.program import Program, Unfolded
 from peftc.rules import RULES, Affine, Context
@@ -92,15 +92,15 @@ def fold_sites(program: Program, partly: bool = False) -> tuple[Program, list[Fo
             if local != "bias" or site.bias
         }
         done.append(replace(site, graph=folded.graph, dropouts=_left(site, folded.graph)))
-        unfolded[fqn] = Unfolded(site, bindings)
+        if folded.obstacle is None:
+            unfolded[fqn] = Unfolded(site, bindings)
         constants |= made
         spent |= {site.name(local) for local in bindings} - kept - stored
         if folded.obstacle is None:
             spent |= {t for t in owned if t.startswith((f"{fqn}.", f"{fqn}_"))}
-    if not done:
-        return program, errors
     after = program.rewrite(done, constants, unfolded={**program.unfolded, **unfolded})
-    return after.without(spent), errors
+    after = after.without(spent)
+    return after if done or len(after.adapters) < len(program.adapters) else program, errors
 
 
 def _refusal(fqn: str, obstacle: str) -> FoldError:
@@ -122,7 +122,7 @@ def _bind(
 ) -> Constant:
     """The constant that takes the place of a stored one; without a graph, zeros."""
     old = program.constants.get(fqn)
-    dtype = (old or bindings["weight"]).spec.dtype
+    dtype = old.spec.dtype if old is not None else torch.float32
     if graph is None:
         assert old is not None
         return Initial(fqn, old.spec, "zeros")
@@ -231,8 +231,13 @@ class _Folding(Context):
                 return base
             weight = constant("weight", self.matrix(value))
             bias = None if value.bias is None else constant("bias", value.bias)
-            return self.kind.mix(build, base, weight, bias) if value.base.op != "placeholder" else (
-                self.kind.apply(build, base, weight, bias))  # fmt: skip
+            # Casts were left out on the way: parts of several dtypes may meet here.
+            bias = None if bias is None else build.type_as(bias, weight)
+            if value.base.op != "placeholder":
+                return self.kind.mix(build, build.type_as(base, weight), weight, bias)
+            counts = isinstance(self.kind, EmbeddingKind)
+            x = base if counts else build.type_as(base, weight)
+            return self.kind.apply(build, x, weight, bias)
 
         def constant(role: str, node: fx.Node) -> fx.Node:
             if node.op == "get_attr":
@@ -258,7 +263,7 @@ class _Folding(Context):
                     done[old] = build.graph.create_node(old.op, old.target, args)
             return done[old]
 
-        build.graph.output(of(result))
+        build.graph.output(build.type_as(of(result), build.const("weight")))
         return Folded(graphs.intern(build.graph), made, self.obstacle)
 
 

@@ -29,6 +29,7 @@ from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watch_file, whole_proof
 from peftc.recipe import build
+from peftc.structure import peft_edits
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -97,27 +98,27 @@ def apply(
     """
     target = Path(target)
     program = Pipeline(passes).run(load(base, progress), progress)
-    trained = program.trainable
-    rewritten = [
-        fqn for fqn in program.stored.values() if program.touched(fqn) and fqn not in trained
-    ]
+    trained, edits = program.trainable, program.source.edited()
+    rewritten = program.rewritten
     names = list(program.adapters)
+    # A structure that PEFT makes itself needs no base of its own.
+    written = bool(rewritten) or (peft_edits(program) is None if names else bool(edits))
     places = {name: "adapter" if len(names) == 1 else f"adapters/{name}" for name in names}
-    if not (names or rewritten):
+    if not (names or written):
         raise ArtifactError("the passes changed nothing", fix="add a pass, such as lora")
-    need = sum(shard.size for shard in plan(program)) if rewritten else 0
+    need = sum(shard.size for shard in plan(program)) if written else 0
     need += sum(program.constants[fqn].spec.nbytes for fqn in trained)
     key = key_of(program.fingerprint, states(program), "apply")
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
         proof = {}
-        if rewritten:
+        if written:
             progress.stage("link", need)
             proof = {
                 "site": site_proof(program, write_model(program, stage, "base/", None, progress))
             }
-        own = str(target.absolute() / "base") if rewritten else None
+        own = str(target.absolute() / "base") if written else None
         for name, place in places.items():
             write_adapter(program, name, stage, f"{place}/", own)
         stage.publish(manifest(program, "apply", adapters=places, proof=proof))
@@ -201,6 +202,8 @@ def export(
     merge: bool = False,
     adapters: Sequence[tuple[str, float]] = (),
     format: Literal["safetensors", "peft"] = "safetensors",
+    canonical: bool = False,
+    rank: int | None = None,
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
@@ -214,6 +217,8 @@ def export(
         merge: Merge every adapter into the weights.
         adapters: Further PEFT adapters to attach, each with its weight.
         format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter.
+        canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
+        rank: Of the canonical LoRA; see `to_canonical`.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
@@ -233,7 +238,7 @@ def export(
             )
         program = Pipeline([Merge()]).run(program, progress)
     if format == "peft":
-        return to_peft(program, target, overwrite=overwrite)
+        return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     return to_safetensors(
         program,
         target,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class CheckpointSource:
     def companions(self) -> dict[str, Path]:
         return self.checkpoint.companions
 
+    def edited(self) -> dict[str, bytes]:
+        return {}
+
     def pin(self) -> dict[str, Any]:
         return self.checkpoint.pin()
 
@@ -101,6 +105,9 @@ class ModuleSource:
     def companions(self) -> dict[str, Path]:
         return {}
 
+    def edited(self) -> dict[str, bytes]:
+        return {}
+
     def pin(self) -> dict[str, Any]:
         return {"module": f"{type(self.module).__module__}.{type(self.module).__qualname__}"}
 
@@ -120,9 +127,18 @@ def _traced(module: nn.Module) -> Roles | None:
 
 def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
     """Captures an opened checkpoint by its outline; its tensors become leaves."""
-    outline = checkpoint_outline(checkpoint)
-    tensors = {key: Leaf(ref) for key, ref in checkpoint.tensors.items()}
-    shapes = {key: leaf.ref.shape for key, leaf in tensors.items()}
+    source = CheckpointSource(checkpoint, name, checkpoint_outline(checkpoint))
+    return assemble(source, {key: Leaf(ref) for key, ref in checkpoint.tensors.items()})
+
+
+def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Program:
+    """The program of an outline and of stored tensors by their names in the checkpoint.
+
+    Raises:
+        CaptureError: The tensors are not what the outline asks for.
+    """
+    outline, checkpoint = source.outline, source.checkpoint
+    shapes = {key: constant.spec.shape for key, constant in tensors.items()}
     found = arrange(shapes, outline.conversions, outline.tensors, outline.prefix)
     # What is not read as the live tensor of its name must not be taken for it.
     stored = {
@@ -161,7 +177,6 @@ def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
         if one := constants.get(owner) or constants.get(tied):
             constants.setdefault(owner, one)
             constants.setdefault(tied, one)
-    source = CheckpointSource(checkpoint, name, outline)
     return replace(_program(source, outline, constants, stored), parts=parts)
 
 
@@ -175,7 +190,7 @@ def _capture_module(module: nn.Module) -> Program:
     return _program(ModuleSource(module), outline, constants, stored)
 
 
-def _fused(matrices: list[list[Leaf]], stacked: bool) -> Constant:
+def _fused(matrices: list[list[Constant]], stacked: bool) -> Constant:
     """What transformers makes of an expert's, or a packed layer's, parts when it loads them."""
     build, inputs = Builder(), dict[str, Constant]()
     nodes = []

@@ -109,6 +109,15 @@ def _apply(
     show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
+    "--canonical",
+    is_flag=True,
+    help="With --format peft: one plain LoRA that vLLM and llama.cpp read too.",
+)
+@click.option(
+    "--rank", type=click.IntRange(1),
+    help="Of the canonical LoRA; what does not fit is cut off, and the error printed.",
+)  # fmt: skip
+@click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
     help="Compare each rewritten layer (sites), the logits too (whole), or that if small (auto).",
 )  # fmt: skip
@@ -121,43 +130,87 @@ def export(
     merge: bool,
     given: tuple[str, ...],
     form: Any,
+    canonical: bool,
+    rank: int | None,
     proof: Any,
     workers: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Make an artifact of SRC, with a measured proof.
+    """Make an artifact of SRC, with a measured proof.
 
     \b
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
-    """
+    """  # noqa: D301
+    if canonical and form != "peft":
+        raise click.UsageError("--canonical makes a LoRA: add --format peft.")
+    if rank is not None and not canonical:
+        raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     from peftc.api import export as run
 
     with terminal.progress() as progress:
         artifact = run(
-            src, target, merge=merge, adapters=chosen, format=form, proof=proof,
-            overwrite=overwrite, workers=workers, progress=progress,
+            src, target, merge=merge, adapters=chosen, format=form, canonical=canonical, rank=rank,
+            proof=proof, overwrite=overwrite, workers=workers, progress=progress,
         )  # fmt: skip
     _say_proof(terminal, artifact.manifest.get("proof", {}))
+    _say_canonical(terminal, artifact.manifest.get("canonical"))
     terminal.wrote(target)
     terminal.data({"path": str(target), **artifact.manifest})
 
 
 @cli.command()
 @click.argument("src")
+@click.option(
+    "--adapter", "given", multiple=True, metavar="DIR", help="Analyse what a PEFT adapter adds."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the analysis."
+)
+@click.option("--limit", type=click.IntRange(1), help="Show only so many sites that change most.")
 @_common
-def inspect(src: str, as_json: bool, quiet: bool) -> None:
-    """Show what SRC holds, without reading a weight.
+def inspect(
+    src: str,
+    given: tuple[str, ...],
+    plot: Path | None,
+    limit: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what SRC holds, or what adapters add to it.
 
-    SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what peftc wrote.
-    """
-    from peftc.inspection import inspect as look
+    SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what peftc wrote. No weight is
+    read, unless an adapter is analysed:
 
-    look(src, Terminal(as_json, quiet))
+    \b
+      peftc inspect BASE --adapter DIR               rank, size and spectrum of each change
+      peftc inspect BASE --adapter A --adapter B     the same, and the two compared
+    """  # noqa: D301  # click wants the character, which a raw string would not hold
+    terminal = Terminal(as_json, quiet)
+    if not given:
+        if plot or limit:
+            raise click.UsageError("--plot and --limit need an --adapter.")
+        from peftc.inspection import inspect as look
+
+        look(src, terminal)
+        return
+    from peftc import analysis_view
+
+    if plot:
+        analysis_view.ready_to_plot(plot)
+    from peftc.analysis import analyse
+    from peftc.api import load
+
+    with terminal.progress() as progress:
+        found = analyse(load(src), given, progress)
+    if plot:
+        analysis_view.plot(found, plot)
+        terminal.wrote(plot)
+    analysis_view.show(found, terminal, limit)
 
 
 @cli.command()
@@ -235,6 +288,24 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{whole['relative_error']:.1e} (bound {whole['bound']:.0e}), KL {whole['kl']:.1e}, "
             f"top-1 agreement {whole['top1_agreement']:.0%}"
         )
+
+
+def _say_canonical(terminal: Terminal, report: Mapping[str, Any] | None) -> None:
+    if report is None:
+        return
+    error = f"{report['relative_error']:.1e}"
+    if report["exact"]:
+        terminal.say(f"[green]✓[/] one LoRA of rank {report['rank']}, exact to {error}")
+    else:
+        terminal.say(
+            f"[yellow]![/] one LoRA of rank {report['rank']}, an approximation: "
+            f"{report['truncated_sites']} of {len(report['sites'])} sites were truncated, by up to "
+            f"{error} of what the adapter adds (at {report['at']})"
+        )
+    if (most := report["vllm_max_lora_rank"]) is None:
+        terminal.say("  vLLM takes no rank so high: give a lower one, --rank")
+    elif most > 16:
+        terminal.say(f"  vLLM needs --max-lora-rank {most}")
 
 
 def main() -> None:

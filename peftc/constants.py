@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -33,7 +33,7 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Distribution = Literal["zeros", "full", "kaiming_uniform", "gaussian"]
+Distribution = Literal["zeros", "full", "values", "kaiming_uniform", "gaussian", "stream"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,14 @@ class Leaf:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A tensor that is in memory already, of a live module or just trained."""
+    """A tensor that is in memory already, of a live module, just trained or just worked out.
+
+    Attributes:
+        origin: What it was worked out from, as text, where that determines it.
+    """
 
     tensor: torch.Tensor
+    origin: str | None = None
 
     @cached_property
     def spec(self) -> Spec:
@@ -70,7 +75,7 @@ class Held:
 
     @property
     def key(self) -> str:
-        return f"held {id(self.tensor)} {self.tensor._version}"
+        return f"held {self.origin or id(self.tensor)} {self.tensor._version}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Initial:
 
     `kaiming_uniform` has a = √5, as `torch.nn.Linear` and PEFT's `lora_A` have: uniform within
     ±1/√fan_in, times `scale`. `gaussian` is normal with standard deviation `scale`; `full` has the
-    value `scale` everywhere.
+    value `scale` everywhere, and `values` has those given. `stream` is uniform within ±scale, drawn
+    from the seed alone, after the first `skip` numbers: as PEFT draws projections that it need not
+    save.
     """
 
     name: str
@@ -87,17 +94,24 @@ class Initial:
     distribution: Distribution
     seed: int = 0
     scale: float = 1.0
+    values: tuple[int, ...] = ()
+    skip: int = 0
 
     @property
     def key(self) -> str:
-        return f"initial {self.name} {self.spec} {self.distribution} {self.seed} {self.scale}"
+        rest = f"{self.distribution} {self.seed} {self.scale} {self.values} {self.skip}"
+        return f"initial {self.name} {self.spec} {rest}"
 
     def sample(self) -> torch.Tensor:
-        """The fp32 values."""
+        """The values, fp32 where they do not count."""
+        if self.distribution == "values":
+            return torch.tensor(self.values, dtype=self.spec.dtype).reshape(self.spec.shape)
         if self.distribution == "zeros":
             return torch.zeros(self.spec.shape)
         if self.distribution == "full":
             return torch.full(self.spec.shape, self.scale)
+        if self.distribution == "stream":
+            return _stream(self.spec.shape, self.seed, self.scale, self.skip)
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         values = torch.empty(self.spec.shape)
@@ -105,6 +119,14 @@ class Initial:
             return values.normal_(0.0, self.scale, generator=generator)
         bound = self.scale / math.sqrt(math.prod(self.spec.shape[1:]))
         return values.uniform_(-bound, bound, generator=generator)
+
+
+@lru_cache(maxsize=4)
+def _stream(shape: tuple[int, ...], seed: int, bound: float, skip: int) -> torch.Tensor:
+    """What every site of an adapter shares, so that it is not drawn again for each."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.empty(skip).uniform_(generator=generator)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True, eq=False)

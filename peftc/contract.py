@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
@@ -16,6 +16,7 @@ from peftc.errors import AdapterError, PassError, PeftcError
 from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
 
 if TYPE_CHECKING:
+    from peftc.constants import Constant
     from peftc.program import Program
     from peftc.sites import SiteEditor
 
@@ -34,10 +35,17 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True)
 class PassResult:
-    """The rewritten program and whether it differs from the one that came in."""
+    """The rewritten program and whether it differs from the one that came in.
+
+    Attributes:
+        measured: Figures of the pass's own, for the journal.
+        origins: Of a structural pass, for each site that is a copy: the site that it must equal.
+    """
 
     program: Program
     modified: bool
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pass(BaseModel, ABC):
@@ -51,6 +59,16 @@ class Pass(BaseModel, ABC):
     effect: ClassVar[Effect]
     # Which option the command line takes as an argument, if any.
     positional: ClassVar[str | None] = None
+    # Whether it edits the config: which sites there are, their shapes, and what is tied.
+    structural: ClassVar[bool] = False
+
+    def needs(self, program: Program) -> Sequence[Pass]:
+        """Passes that the pipeline runs before this one, such as what an adapter's config names."""
+        return ()
+
+    def declared(self) -> Effect:
+        """The effect, where it depends on the options."""
+        return self.effect
 
     def check(self, program: Program) -> list[PeftcError]:
         """Everything that keeps this pass from running on this program, before any work."""
@@ -94,6 +112,7 @@ class Method(Targets, Pass):
         peft_defaults: What PEFT takes where a config leaves a key out.
         peft_neutral: Keys of its config that do not change what a trained adapter computes.
         kinds: The kinds of site that it can serve.
+        grouped: Whether it can serve a convolution of several groups.
     """
 
     effect: ClassVar[Effect] = Effect.IDENTITY
@@ -102,6 +121,7 @@ class Method(Targets, Pass):
     peft_defaults: ClassVar[Mapping[str, Any]] = {}
     peft_neutral: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[str]] = frozenset(LINEARS)
+    grouped: ClassVar[bool] = True
 
     adapter: AdapterName = Field("default", description="the adapter's name")
     seed: int = Field(0, ge=0, description="seed of the start values")
@@ -149,9 +169,30 @@ class Method(Targets, Pass):
             raise PassError(f"{type(self).__name__} cannot be weighed by {weight}")
         return self
 
+    def settled(self, program: Program) -> Self:
+        """This method with what it has to know of the whole model, before it sees single sites."""
+        return self
+
+    def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]:
+        """The start of each constant that these sites share, by its name in PEFT's files."""
+        return {}
+
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""
         return program.tensors_of(self.saved(program)[0])
+
+    def infix(self, program: Program, fqn: str) -> str:
+        """What PEFT's files have between a module and a trained tensor of its own: `name.`."""
+        return ""
+
+    def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:
+        chosen, errors = super().pick(program)
+        whole = self.saved(program)[0]
+        return [
+            fqn
+            for fqn in chosen
+            if not any(fqn == name or fqn.startswith(f"{name}.") for name in whole)
+        ], errors
 
     def saved(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The modules that are trained whole, and patterns that match none."""
@@ -172,19 +213,37 @@ class Method(Targets, Pass):
 
     def unserved(self, program: Program, names: Sequence[str]) -> list[PeftcError]:
         """An error for each site of a kind that this method cannot serve."""
-        return [
-            PassError(
-                f"{type(self).__name__} cannot serve a site of kind {program.sites[fqn].kind.name}",
-                where=fqn,
-                fix=f"it serves {', '.join(sorted(self.kinds))}: exclude this one",
-            )
-            for fqn in names
-            if program.sites[fqn].kind.name not in self.kinds
-        ]
+        errors: list[PeftcError] = []
+        for fqn in names:
+            kind = program.sites[fqn].kind
+            if kind.name not in self.kinds:
+                errors.append(
+                    PassError(
+                        f"{type(self).__name__} cannot serve a site of kind {kind.name}",
+                        where=fqn,
+                        fix=f"it serves {', '.join(sorted(self.kinds))}: exclude this one",
+                    )
+                )
+            elif not self.grouped and getattr(kind, "groups", 1) > 1:
+                errors.append(
+                    PassError(
+                        "is a grouped convolution: what a low-rank branch adds to one is none",
+                        where=fqn,
+                        fix="exclude it",
+                    )
+                )
+        return errors
 
     def run(self, program: Program) -> PassResult:
         chosen, _ = self.pick(program)
         return PassResult(program.inject(self, chosen), modified=True)
+
+
+def trained_biases(program: Program, which: str, sites: Sequence[str]) -> list[str]:
+    """The biases that PEFT's option `bias` trains: `none`, `all`, or only those of the sites."""
+    own = {f"{fqn}.bias" for fqn in sites}
+    found = (fqn for fqn in program.stored.values() if fqn.endswith(".bias") and which != "none")
+    return [fqn for fqn in dict.fromkeys(found) if which == "all" or fqn in own]
 
 
 def safe_name(path: str) -> str:

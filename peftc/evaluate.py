@@ -156,6 +156,10 @@ class Evaluation:
             result = self._constant(str(node.target), (low, high))
         elif node in self.plan.products:
             result = self._product(node, done, low, high)
+        elif node.target is aten.index_copy.default:
+            result = self._patched(node, done, low, high)
+        elif node.target is aten.cat.default:
+            result = self._joined(node, low, high)
         elif node.target is aten.stack.default:
             members: Any = node.args[0]
             result = torch.stack([self._value(member) for member in members[low:high]])
@@ -181,6 +185,39 @@ class Evaluation:
         rows = self._slice(b, done, low, high)
         return torch.addmm(onto, rows, self._value(a), alpha=scale, out=spare)
 
+    def _patched(
+        self, node: fx.Node, done: dict[fx.Node, torch.Tensor], low: int, high: int
+    ) -> torch.Tensor:
+        """Rows of a table of which some rows are replaced."""
+        table, _, index, rows = node.args
+        assert isinstance(table, fx.Node)
+        ids = self._argument(index)
+        inside = (ids >= low) & (ids < high)
+        old = self._slice(table, done, low, high)
+        return old.index_copy(0, ids[inside] - low, self._argument(rows)[inside])
+
+    def _joined(self, node: fx.Node, low: int, high: int) -> torch.Tensor:
+        """Rows of tensors that stand one behind the other."""
+        start, pieces = 0, []
+        parts: Any = node.args[0]
+        for part in parts:
+            end = start + self.plan.specs[part].shape[0]
+            if low < end and start < high:
+                inner = max(low, start) - start, min(high, end) - start
+                pieces.append(self._slice(part, {}, *inner))
+            start = end
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _mean(self, node: fx.Node) -> torch.Tensor:
+        """The mean of all rows, which are summed in fp64, a few at a time."""
+        table = node.args[0]
+        assert isinstance(table, fx.Node)
+        shape = self.plan.specs[table].shape
+        total = torch.zeros(1, *shape[1:], dtype=torch.float64)
+        for low, high in chunks(shape):
+            total += self._slice(table, {}, low, high).sum(0, keepdim=True, dtype=torch.float64)
+        return (total / shape[0]).float()
+
     def _value(self, node: fx.Node) -> torch.Tensor:
         if node not in self._whole:
             if node.op == "placeholder":
@@ -189,6 +226,8 @@ class Evaluation:
                 self._whole[node] = self._constant(str(node.target), None)
             elif node in self.plan.gathers:
                 self._whole[node] = self._gather(node)
+            elif _is_mean(node) and node not in self.plan.activations:
+                self._whole[node] = self._mean(node)
             else:
                 self._whole[node] = self._call(node, [self._argument(a) for a in _operands(node)])
         return self._whole[node]
@@ -276,16 +315,20 @@ class _Plan:
                 table = _TABLES.get(node.target) if node in self.activations else None
                 if table is not None and node.args[table] not in self.activations:
                     self.gathers.add(node)
+                mean = _is_mean(node) and node not in self.activations
                 for argument in _operand_nodes(node):
                     rows = node in self.gathers and argument is node.args[table or 0]
-                    (demanded if rows else whole).add(argument)
+                    (demanded if rows or mean else whole).add(argument)
                 continue
             self.sliced[node] = rule
             for i, argument in enumerate(_operands(node)):
                 if isinstance(argument, fx.Node):
                     (demanded if i in rule else whole).add(argument)
                 elif isinstance(argument, (list, tuple)):
-                    whole.update(a for a in argument if isinstance(a, fx.Node))
+                    by_rows = node.target is aten.cat.default
+                    (demanded if by_rows else whole).update(
+                        a for a in argument if isinstance(a, fx.Node)
+                    )
         shape = self.specs[out].shape or (1,)
         self.size = shape[-1 if out in self.activations else 0]
         found = {node: self._product(node) for node in self.sliced}
@@ -315,19 +358,30 @@ class _Plan:
             return frozenset()
         if _is_nothing(node):
             return frozenset({0})
+        if node.target is aten.index_copy.default and node.args[1] == 0:
+            return frozenset({0})
         if node.target is aten.stack.default and node.args[1:] in ((), (0,)):
             return frozenset()
+        if node.target is aten.cat.default and node.args[1:] in ((), (0,)):
+            return None if node in self.activations else frozenset()
         if node.target is aten.mm.default and node not in self.activations:
             return frozenset({0})
         if node.target is aten.bmm.default and node not in self.activations:
             return frozenset({0, 1})
         if node.target in _INNER and node not in self.activations and node.args[1] != 0:
             return frozenset({0})
+        if node.target is torch.ops.peftc.rotate.default and node not in self.activations:
+            return frozenset({0})
         if (
             node.target is aten.transpose.int
             and node not in self.activations
             and 0 not in node.args[1:]
         ):
+            return frozenset({0})
+        if (
+            (node.target is aten.unsqueeze.default and node.args[1] == 1)
+            or (node.target is aten.linalg_vector_norm.default and node.args[2:3] == ([1],))
+        ) and node not in self.activations:
             return frozenset({0})
         if node.target is aten.linear.default and node.args[1] not in self.activations:
             return frozenset(range(1, len(node.args)))
@@ -349,7 +403,12 @@ class _Plan:
 
 def _is_nothing(node: fx.Node) -> bool:
     """In fp32 throughout, a cast is nothing; dropout is not for evaluation."""
-    return node.op == "call_module" or node.target is aten.type_as.default
+    return node.op == "call_module" or node.target in (aten.type_as.default, aten.detach.default)
+
+
+def _is_mean(node: fx.Node) -> bool:
+    """Whether a node is the mean of a constant's rows, one row."""
+    return node.target is aten.mean.dim and node.args[1:] == ([0], True)
 
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:

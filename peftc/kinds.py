@@ -135,12 +135,14 @@ class EmbeddingKind(Kind):
 
     Attributes:
         padding: The id whose row receives no gradient; -1 for none.
-        scale: What the module multiplies its rows by, as BART's and Gemma 3's do.
+        scale: What the module multiplies its rows by, as BART's and Gemma's do.
+        rounded: Whether it rounds the scale to the weight's dtype first, as Gemma's does.
     """
 
     name: ClassVar[str] = "embedding"
     padding: int = -1
     scale: float = 1.0
+    rounded: bool = False
 
     def sizes(self, shape: Shape) -> tuple[int, int]:
         return shape[0], shape[1]
@@ -149,7 +151,13 @@ class EmbeddingKind(Kind):
         return build.t(weight)
 
     def stored(self, build: Builder, matrix: fx.Node, shape: Shape) -> fx.Node:
-        return build.t(matrix if self.scale == 1 else build.op(aten.div.Tensor, matrix, self.scale))
+        if self.scale == 1:
+            return build.t(matrix)
+        if matrix.target is aten.mul.Tensor and matrix.args[1] == self.scale:
+            inner = matrix.args[0]
+            assert isinstance(inner, fx.Node)
+            return build.t(inner)
+        return build.t(build.op(aten.div.Tensor, matrix, self.scale))
 
     def apply(
         self, build: Builder, x: fx.Node, matrix: fx.Node, bias: fx.Node | None = None
@@ -302,11 +310,6 @@ class ExpertsKind(Kind):
 
 
 LINEAR, CONV1D = LinearKind(), Conv1DKind()
-# Embeddings that multiply their rows by a number.
-_SCALED = {
-    "BartScaledWordEmbedding", "MBartScaledWordEmbedding", "M2M100ScaledWordEmbedding",
-    "NllbMoeScaledWordEmbedding", "Gemma3TextScaledWordEmbedding",
-}  # fmt: skip
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -317,15 +320,24 @@ def kind_of(module: nn.Module) -> Kind | None:
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return CONV1D
     if isinstance(module, nn.Embedding):
-        scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
-        known = cls is nn.Embedding or (cls.__name__ in _SCALED and isinstance(scale, float))
-        if not known or module.max_norm is not None:
-            return None
-        padding = -1 if module.padding_idx is None else module.padding_idx
-        return EmbeddingKind(padding, 1.0 if cls is nn.Embedding else float(scale or 1.0))
+        return _embedding(module)
     if cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         assert isinstance(module, nn.modules.conv._ConvNd)
         return _convolution(module)
+    return None
+
+
+def _embedding(module: nn.Embedding) -> Kind | None:
+    cls = type(module)
+    padding = -1 if module.padding_idx is None else module.padding_idx
+    if module.max_norm is not None:
+        return None
+    if cls is nn.Embedding:
+        return EmbeddingKind(padding)
+    rounded = getattr(module, "scalar_embed_scale", None)
+    scale = getattr(module, "embed_scale", None) if rounded is None else rounded
+    if cls.__name__.endswith("ScaledWordEmbedding") and isinstance(scale, (int, float)):
+        return EmbeddingKind(padding, float(scale), rounded is not None)
     return None
 
 

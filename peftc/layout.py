@@ -29,7 +29,16 @@ def transposed(build: Builder, node: fx.Node) -> fx.Node:
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and not isinstance(args[1], fx.Node):
         assert callable(node.target)
         return build.op(node.target, transposed(build, args[0]), args[1])
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and _is_column(args[1]):
+        assert callable(node.target)
+        row = build.op(aten.unsqueeze.default, args[1].args[0], 0)
+        return build.op(node.target, transposed(build, args[0]), row)
     return build.t(node)
+
+
+def _is_column(node: fx.Node) -> bool:
+    """Whether a node is a vector with one factor for each row."""
+    return node.target is aten.unsqueeze.default and node.args[1:] == (1,)
 
 
 def element(build: Builder, node: fx.Node, index: int) -> fx.Node:

@@ -259,9 +259,13 @@ def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
 def _header(file: OutputFile, table: Mapping[str, Any]) -> bytes:
     """The source's own header where it still holds, byte for byte; a new one where not."""
     original = file.original
-    if original is not None and all(
-        (ref.dtype, list(ref.shape)) == (entry["dtype"], entry["shape"])
-        for ref, entry in zip(original.tensors.values(), table.values(), strict=True)
+    if (
+        original is not None
+        and list(original.tensors) == list(table)
+        and all(
+            (ref.dtype, list(ref.shape)) == (entry["dtype"], entry["shape"])
+            for ref, entry in zip(original.tensors.values(), table.values(), strict=True)
+        )
     ):
         with original.path.open("rb") as handle:
             prefix = handle.read(8)

@@ -19,7 +19,7 @@ from peftc.constants import Constant, Held, cast
 from peftc.errors import PassError, PeftcError, raise_all
 from peftc.evaluate import value
 from peftc.graphs import Spec, aten
-from peftc.kinds import ExpertsKind
+from peftc.kinds import EmbeddingKind, ExpertsKind, Kind
 from peftc.ops import grouped_linear
 from peftc.program import Program
 from peftc.sites import Site
@@ -77,7 +77,7 @@ def materialize(
         for fqn in program.constants:
             if fqn in tensors and program.touched(fqn):
                 tensors[fqn].copy_(value(program.constants[fqn]))
-    live = _Live(program)
+    live = _Live(program, device)
     experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
         if site.is_plain:
@@ -134,8 +134,8 @@ def absorb(program: Program, model: nn.Module) -> Program:
 class _Live:
     """Builds the modules of rewritten sites; what sites share is one tensor."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, device: str | torch.device) -> None:
+        self.program, self.device = program, device
         self.frozen = {fqn for a in program.adapters.values() for fqn in a.frozen}
         self._shared: dict[Constant, torch.Tensor] = {}
 
@@ -176,16 +176,28 @@ class _Live:
             specs[local] = Spec(tuple(tensor.shape), tensor.dtype)
         for local, p in site.dropouts.items():
             _place(state, site.name(local).removeprefix(f"{owner}."), nn.Dropout(p))
-        return _slim(site.graph, specs, site.kind.specs(site.shape, weight.dtype))
+        graph = _rounded(site.graph, site.kind, weight.dtype)
+        return _slim(graph, specs, site.kind.specs(site.shape, weight.dtype))
 
     def _tensor(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         constant = self.program.constants[fqn]
         if fqn in self.frozen:
             if constant not in self._shared:
-                self._shared[constant] = _wide(value(constant), dtype)
+                self._shared[constant] = _wide(value(constant), dtype).to(self.device)
             return self._shared[constant]
         tensor = _wide(value(constant), dtype).clone()
         return nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+
+
+def _rounded(graph: fx.Graph, kind: Kind, dtype: torch.dtype) -> fx.Graph:
+    """The graph of an embedding that rounds its scale to the weight's dtype, for that dtype."""
+    if not isinstance(kind, EmbeddingKind) or not kind.rounded:
+        return graph
+    copy = graphs.copy(graph)
+    for node in copy.nodes:
+        if node.target is aten.mul.Tensor and node.args[1] == kind.scale:
+            node.args = (node.args[0], torch.tensor(kind.scale, dtype=dtype).item())
+    return graphs.intern(copy)
 
 
 def _wide(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

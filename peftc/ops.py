@@ -2,7 +2,8 @@
 
 `peftc::grouped_linear` is a linear layer per expert. It is one opaque node to torch.compile and
 torch.export, whatever the number of tokens each expert gets. `peftc::rotate` is a block-diagonal
-matrix; torch takes it apart into ATen.
+matrix, `peftc::skew` and `peftc::cayley` make its blocks; torch takes them apart into ATen.
+`peftc::start` gives the factors that PiSSA and OLoRA take out of a weight.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 
 _library: Any = torch.library.Library("peftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rotate(Tensor x, Tensor blocks) -> Tensor")
+_library.define("skew(Tensor entries, int size) -> Tensor")
+_library.define("cayley(Tensor skew, int terms) -> Tensor")
 
 
 def _rotate(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -22,7 +25,64 @@ def _rotate(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return torch.matmul(parts, blocks).flatten(-3)
 
 
+def _skew(entries: torch.Tensor, size: int) -> torch.Tensor:
+    """Skew-symmetric matrices (n, size, size) from what is above their diagonals, row by row."""
+    above = torch.ones(size, size, dtype=torch.bool, device=entries.device).triu(1)
+    upper = entries.new_zeros(entries.shape[0], size, size).masked_scatter(above, entries)
+    return upper - upper.transpose(1, 2)
+
+
+def _cayley(skew: torch.Tensor, terms: int) -> torch.Tensor:
+    """Orthogonal matrices from skew-symmetric ones Q, as PEFT makes them.
+
+    Without terms it is (I − Q)(I + Q)⁻¹. With them it is the Neumann series of the inverse of that,
+    (I + Q)(I − Q)⁻¹ = I + 2Q + 2Q² + …, of which PEFT takes the last term but once.
+    """
+    one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    if not terms:
+        exact: torch.Tensor = torch.linalg.solve(one + skew, one - skew, left=False)
+        return exact
+    weights = [2.0] * (terms - 1 if terms < 3 else max(terms, 4) - 2) + [1.0] * (terms > 2)
+    result = power = one.expand_as(skew)
+    for weight in weights:
+        power = torch.bmm(power, skew)
+        result = result + weight * power
+    return result
+
+
 _library.impl("rotate", _rotate, "CompositeImplicitAutograd")
+_library.impl("skew", _skew, "CompositeImplicitAutograd")
+_library.impl("cayley", _cayley, "CompositeImplicitAutograd")
+
+
+@torch.library.custom_op("peftc::start", mutates_args=())
+def start(matrix: torch.Tensor, rank: int, init: str, seed: int) -> torch.Tensor:
+    """Factors B (out, rank) over Aᵀ (in, rank) of a part B·A of a matrix (out, in).
+
+    Args:
+        matrix: The weight.
+        rank: Of the part.
+        init: `pissa` for its largest singular values, by an exact decomposition, or
+            `pissa_niter_N` by N subspace iterations; `olora` for its first columns.
+        seed: Of the iterations' start.
+    """
+    if init == "olora":
+        q, r = torch.linalg.qr(matrix)
+        return torch.cat([q[:, :rank], r[:rank].t()])
+    if init == "pissa":
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, v = u[:, :rank], s[:rank], vh[:rank].t()
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(matrix, rank, niter=int(init.rpartition("_")[2]))
+    result: torch.Tensor = torch.cat([u, v]) * s.sqrt()
+    return result
+
+
+@start.register_fake
+def _(matrix: torch.Tensor, rank: int, init: str, seed: int) -> torch.Tensor:
+    return matrix.new_empty(sum(matrix.shape), rank)
 
 
 @torch.library.custom_op("peftc::grouped_linear", mutates_args=())

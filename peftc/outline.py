@@ -6,6 +6,8 @@ So the outline of a configuration is kept in the cache, under a key of all that 
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from peftc import graphs
-from peftc.checkpoint import Checkpoint, cache_folder, digest_bytes
+from peftc.checkpoint import Checkpoint, cache_folder, digest_bytes, read_json
 from peftc.conversion import Conversion, conversions_of
 from peftc.errors import CaptureError
 from peftc.kinds import LINEAR, dump, expert_kinds, kind_of
@@ -117,7 +119,7 @@ def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
     Raises:
         CaptureError: transformers has no such architecture, or cannot build it.
     """
-    config = (checkpoint.path / "config.json").read_bytes()
+    config = json.dumps(checkpoint.config).encode()
     parts = [str(FORMAT), *(version(name) for name in ("torch", "transformers"))]
     key = digest_bytes("|".join(parts).encode() + config)
     path = cache_folder() / "outlines" / f"{key}.json"
@@ -167,12 +169,21 @@ def architecture(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     return cls
 
 
-def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+def config_of(checkpoint: Checkpoint) -> Any:
+    """The config as transformers has it, edited where a pass edited the checkpoint's."""
     from transformers import AutoConfig
 
+    config: Any = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    if checkpoint.config != read_json(checkpoint.path / "config.json", "a checkpoint"):
+        config = type(config).from_dict(copy.deepcopy(dict(checkpoint.config)))
+        config._name_or_path = str(checkpoint.path)
+    return config
+
+
+def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     cls = architecture(checkpoint)
     try:
-        config: Any = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        config = config_of(checkpoint)
         with torch.device("meta"):
             model: PreTrainedModel = cls(config)
             return model

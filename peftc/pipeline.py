@@ -42,9 +42,10 @@ class Pipeline:
                 result is not what it declared.
         """
         for pass_ in self.passes:
-            with single_threaded():
-                program = run_pass(program, pass_)
-            progress.passed(program.journal[-1])
+            for step in (*pass_.needs(program), pass_):
+                with single_threaded():
+                    program = run_pass(program, step)
+                progress.passed(program.journal[-1])
         return program
 
 
@@ -54,20 +55,21 @@ def run_pass(program: Program, pass_: Pass) -> Program:
     raise_all(located(pass_.check(program), f"pass {title}"))
     result = pass_.run(program)
     after = result.program
-    raise_all(_losses(program, after, title))
+    raise_all(_losses(program, after, title, pass_.structural))
     changed = [
         fqn
         for fqn, site in after.sites.items()
         if site is not program.sites.get(fqn) or _rebound(program, after, site)
     ]
-    raise_all(_violations(program, after, changed, title))
+    raise_all(_violations(program, after, changed, title, pass_.structural))
     if result.modified != (after.fingerprint != program.fingerprint):
         raise PassError(
             f"pass {title} says modified={result.modified}, and that is not so", fix=_REPORT
         )
-    measured = _measure(program, after, changed, pass_.effect, title)
+    change = _measure(program, after, changed, pass_, title, result.origins)
+    measured = {**change, **result.measured}
     entry = Entry(
-        title, _options(pass_), pass_.effect.value, len(changed), result.modified, measured
+        title, _options(pass_), pass_.declared().value, len(changed), result.modified, measured
     )
     return replace(after, journal=(*program.journal, entry))
 
@@ -82,12 +84,15 @@ def _rebound(before: Program, after: Program, site: Site) -> bool:
     return any(after.constants[name] is not before.constants.get(name) for name in names)
 
 
-def _losses(before: Program, after: Program, title: str) -> list[PeftcError]:
+def _losses(before: Program, after: Program, title: str, structural: bool) -> list[PeftcError]:
     """Sites that are gone, and constants that a graph names and the program does not have."""
     errors: list[PeftcError] = [
         PassError(f"pass {title} lost this site", where=fqn, fix=_REPORT)
         for fqn in before.sites.keys() - after.sites.keys()
+        if not structural
     ]
+    if after.source is not before.source and not structural:
+        errors.append(PassError(f"pass {title} changed the model's structure", fix=_REPORT))
     for fqn, site in after.sites.items():
         for name in graphs.constant_names(site.graph):
             if site.name(name) not in after.constants:
@@ -98,7 +103,7 @@ def _losses(before: Program, after: Program, title: str) -> list[PeftcError]:
 
 
 def _violations(
-    before: Program, after: Program, changed: list[str], title: str
+    before: Program, after: Program, changed: list[str], title: str, structural: bool
 ) -> list[PeftcError]:
     """What is wrong with a result whatever its numbers: graphs, shapes, dtypes, tied weights."""
     errors: list[PeftcError] = []
@@ -128,7 +133,8 @@ def _violations(
             errors.append(
                 PassError(f"pass {title} left a graph that fails: {error}", where=fqn, fix=_REPORT)
             )
-        if old is not None and (old.kind, old.shape) != (site.kind, site.shape):
+        features = old is None or (old.kind, old.shape) == (site.kind, site.shape)
+        if not (features or structural):
             errors.append(
                 PassError(f"pass {title} changed the site's features", where=fqn, fix=_REPORT)
             )
@@ -142,24 +148,29 @@ def _violations(
             TiedWeightError(
                 f"is tied to {kept}: pass {title} would make them differ",
                 where=changed_one,
-                fix=f"exclude it ({changed_one.rsplit('.', 1)[0]}), or keep its adapter unmerged",
+                fix="undo the tie before (the pass untie), exclude it "
+                f"({changed_one.rsplit('.', 1)[0]}), or keep its adapter unmerged",
             )
         )
     return errors
 
 
 def _plain_specs(program: Program, site: Site) -> dict[str, Spec]:
-    names = graphs.constant_names(site.plain)
-    return {name: program.constants[site.name(name)].spec for name in names}
+    return {name: constant.spec for name, constant in program.plain_bindings(site).items()}
 
 
 def _measure(
-    before: Program, after: Program, changed: list[str], effect: Effect, title: str
+    before: Program,
+    after: Program,
+    changed: list[str],
+    pass_: Pass,
+    title: str,
+    origins: Mapping[str, str],
 ) -> dict[str, Any]:
     """The effect by number: each changed site on random input, some features of its output."""
-    worst, where = 0.0, None
+    worst, where, effect = 0.0, None, pass_.declared()
     for fqn in changed:
-        old = before.sites.get(fqn)
+        old = before.sites.get(origins.get(fqn, fqn))
         if old is None:
             continue
         error = site_error(
@@ -169,14 +180,23 @@ def _measure(
             raise ProofError(
                 f"pass {title} gives values that are not finite", where=fqn, fix=_REPORT
             )
+        if error and fqn in origins:
+            raise ProofError(
+                f"pass {title} says it is a copy of {origins[fqn]}, and it differs by {error:.2e}",
+                where=fqn,
+                fix=_REPORT,
+            )
         if error >= worst:
             worst, where = error, fqn
     bound = {Effect.IDENTITY: 0.0, Effect.EQUAL: EQUAL_BOUND}.get(effect)
     if bound is not None:
         owners = (*(prefix for fqn in changed for prefix in (f"{fqn}.", f"{fqn}_")),)
         for fqn, constant in before.constants.items():
-            inside = fqn in changed or fqn.startswith(owners)
-            if after.constants.get(fqn) is not constant and not inside:
+            now = after.constants.get(fqn)
+            inside = any(n in changed or n.startswith(owners) for n in before.names_of(fqn))
+            # Of another shape: a structural pass's, and no site has it.
+            resized = pass_.structural and now is not None and now.spec != constant.spec
+            if now is not constant and not inside and not resized:
                 raise ProofError(
                     f"pass {title} declares {effect.value}, and changes a tensor of no site",
                     where=fqn,

@@ -58,6 +58,9 @@ class Source(Protocol):
     def companions(self) -> dict[str, Path]:
         """Files to carry over as they are, by their names relative to the output."""
 
+    def edited(self) -> dict[str, bytes]:
+        """Files to write in the place of these, such as the config of another structure."""
+
     def pin(self) -> dict[str, Any]:
         """What identifies the source."""
 
@@ -73,8 +76,11 @@ class Injector(Protocol):
     @property
     def seed(self) -> int: ...
     def inject(self, site: SiteEditor) -> None: ...
+    def settled(self, program: Program) -> Injector: ...
     def peft_config(self) -> dict[str, Any]: ...
+    def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]: ...
     def trains(self, program: Program, sites: list[str]) -> list[str]: ...
+    def infix(self, program: Program, fqn: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Adapter:
         tensors: The name in PEFT's file of every tensor that belongs to it, and its name here.
         frozen: Which of them, by their names here, training leaves alone.
         sites: The names of the sites that it rewrote.
+        method: What added it, by which it can be added to other graphs again.
     """
 
     name: str
@@ -93,6 +100,7 @@ class Adapter:
     tensors: Mapping[str, str]
     frozen: frozenset[str] = frozenset()
     sites: tuple[str, ...] = ()
+    method: Injector | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,11 @@ class Program:
         names = graphs.constant_names(site.graph)
         return {name: self.constants[site.name(name)] for name in names}
 
+    def plain_bindings(self, site: Site) -> dict[str, Constant]:
+        """The constants that a site had when it was captured."""
+        names = graphs.constant_names(site.plain)
+        return {name: self.constants[site.name(name)] for name in names}
+
     def specs(self, site: Site) -> dict[str, Spec]:
         """Shapes and dtypes of a site's constants."""
         return {name: constant.spec for name, constant in self.bindings(site).items()}
@@ -210,12 +223,16 @@ class Program:
         constants: dict[str, Constant] = {}
         tensors: dict[str, str] = {}
         frozen: set[str] = set()
+        commons: dict[str, str] = {}
+        aliases = dict(self.aliases)
         errors: list[PeftcError] = []
-        shared = dict(common or {})
+        shared = {**method.common(self, names), **(common or {})}
+        method = method.settled(self)
         for name in names:
             trained = None if given is None else given[name]
             site = self.sites[name]
-            editor = SiteEditor(site, method.adapter, method.seed, trained, shared)
+            bound = {**self.bindings(site), **self.plain_bindings(site)}
+            editor = SiteEditor(site, method.adapter, method.seed, trained, shared, bound)
             try:
                 method.inject(editor)
             except AdapterError as error:
@@ -235,21 +252,37 @@ class Program:
                 constants[fqn] = constant
                 if local in editor.frozen:
                     frozen.add(fqn)
-                    tensors.setdefault(f"base_model.{editor.frozen[local]}", fqn)
+                    if (kept := editor.frozen[local]) is not None:
+                        tensors.setdefault(f"base_model.{kept}", fqn)
+                elif local in editor.common and local in commons:
+                    aliases[fqn] = commons[local]
                 else:
                     key = _peft_key(peft_path(self, names, name), local, method.adapter)
-                    tensors[key] = fqn
+                    tensors[key] = commons[local] = fqn
+            constants |= {site.name(local): c for local, c in editor.held.items()}
+            frozen |= {site.name(local) for local in editor.held}
             constants |= {site.name(local): c for local, c in editor.rebound.items()}
+        errors += [
+            AdapterError(
+                f"is trained by the adapter {other.name!r} already",
+                where=own,
+                fix="attach one of the two, or merge the first before",
+            )
+            for own in method.trains(self, list(names))
+            for other in self.adapters.values()
+            if own in other.tensors.values()
+        ]
         raise_all(errors)
         for own in method.trains(self, list(names)):
             for alias in self.names_of(own):
                 owner, _, leaf = alias.rpartition(".")
-                infix = "base_layer." if owner in names else ""
+                infix = "base_layer." if owner in names else method.infix(self, own)
                 tensors[f"{PEFT_PREFIX}{owner}.{infix}{leaf}"] = own
         adapter = Adapter(
-            method.adapter, method.peft_config(), tensors, frozenset(frozen), tuple(names)
+            method.adapter, method.peft_config(), tensors, frozenset(frozen), tuple(names), method
         )
-        return self.rewrite(sites, constants, adapters={**self.adapters, adapter.name: adapter})
+        adapters = {**self.adapters, adapter.name: adapter}
+        return self.rewrite(sites, constants, adapters=adapters, aliases=aliases)
 
     def without(self, fqns: Iterable[str]) -> Program:
         """A program without these constants; an adapter that is left with none is gone."""
@@ -260,7 +293,8 @@ class Program:
             if any(fqn not in self.stored.values() for fqn in left.values()):
                 adapters[adapter.name] = replace(adapter, tensors=left)
         kept = {fqn: c for fqn, c in self.constants.items() if fqn not in gone}
-        return replace(self, constants=kept, adapters=adapters)
+        aliases = {tied: owner for tied, owner in self.aliases.items() if tied not in gone}
+        return replace(self, constants=kept, adapters=adapters, aliases=aliases)
 
     def written(self, key: str) -> Constant:
         """What is to be written for a stored tensor, by its name in the checkpoint."""
@@ -303,6 +337,12 @@ class Program:
             if fqn not in adapter.frozen
         }
 
+    @property
+    def rewritten(self) -> list[str]:
+        """The stored tensors, by their names in the model, that passes changed and none trains."""
+        trained = self.trainable
+        return [f for f in self.stored.values() if self.touched(f) and f not in trained]
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that determines the output: graphs, constants, adapters."""
@@ -315,6 +355,8 @@ class Program:
         digest.update(
             repr(sorted((a.name, sorted(a.tensors)) for a in self.adapters.values())).encode()
         )
+        for name, content in sorted(self.source.edited().items()):
+            digest.update(f"{name}\n".encode() + content)
         return digest.hexdigest()
 
 

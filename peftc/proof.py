@@ -26,6 +26,7 @@ from peftc.link import Watcher
 from peftc.live import materialize
 from peftc.outline import architecture
 from peftc.program import Program
+from peftc.roles import example_inputs
 from peftc.witness import witness
 
 Extent = Literal["auto", "sites", "whole"]
@@ -92,7 +93,8 @@ def wants_whole(program: Program, extent: Extent) -> bool:
     """Whether to compare whole models, by the caller's wish or the model's size."""
     live = set(program.stored.values())
     count = sum(torch.Size(program.constants[f].spec.shape).numel() for f in live)
-    if not (isinstance(program.source, CheckpointSource) and program.unfolded):
+    rewritten = program.source.edited() or any(program.touched(f) for f in live)
+    if not (isinstance(program.source, CheckpointSource) and rewritten):
         return False
     return extent == "whole" or (extent == "auto" and 4 * count <= AUTO_BYTES)
 
@@ -152,9 +154,21 @@ def unfold(program: Program) -> Program:
 
 
 def _inputs(model: nn.Module, path: Path) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """Token ids, by the model's own tokenizer where there is one, and where they come from."""
-    if getattr(model, "main_input_name", "") != "input_ids":
-        return None, "the model takes no token ids; each site was compared"
+    """Token ids, by the model's own tokenizer where there is one, and random input of other kinds.
+
+    Returns:
+        The input, or None, and where it comes from, or why there is none.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        name: torch.randn(given.shape, generator=generator) if given.is_floating_point() else given
+        for name, given in example_inputs(model).items()
+    }
+    if not inputs:
+        return None, "no sample input is known for such a model; each site was compared"
+    words = [name for name in ("input_ids", "decoder_input_ids") if name in inputs]
+    if set(inputs) - set(words):
+        return inputs, "random input, seed 0"
     from transformers import AutoTokenizer
 
     try:
@@ -164,15 +178,11 @@ def _inputs(model: nn.Module, path: Path) -> tuple[dict[str, torch.Tensor] | Non
         ids, origin = torch.tensor([row[:length] for row in rows]), "tokenized text"
         assert length
     except Exception:  # any tokenizer that does not load is no obstacle to a proof
-        generator = torch.Generator().manual_seed(0)
         config: Any = model.config
         size = config.get_text_config().vocab_size
         ids = torch.randint(0, size, (3, 12), generator=generator)
         origin = "random token ids, seed 0"
-    inputs = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return inputs, origin
+    return dict.fromkeys(words, ids), origin
 
 
 def _logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

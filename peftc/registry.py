@@ -13,10 +13,26 @@ if TYPE_CHECKING:
 
 PASSES = {
     "lora": "peftc.passes.lora:Lora",
+    "dora": "peftc.passes.dora:Dora",
+    "adalora": "peftc.passes.adalora:AdaLora",
+    "vera": "peftc.passes.vera:Vera",
+    "loha": "peftc.passes.loha:Loha",
+    "lokr": "peftc.passes.lokr:Lokr",
+    "oft": "peftc.passes.oft:Oft",
+    "boft": "peftc.passes.boft:Boft",
+    "ia3": "peftc.passes.ia3:Ia3",
+    "bitfit": "peftc.passes.bitfit:BitFit",
+    "layernorm": "peftc.passes.layernorm:LayerNorm",
+    "full": "peftc.passes.full:Full",
+    "trainable_tokens": "peftc.passes.tokens:TrainableTokens",
     "attach": "peftc.passes.attach:Attach",
+    "combine": "peftc.passes.combine:Combine",
     "fold": "peftc.passes.fold:Fold",
     "merge": "peftc.passes.merge:Merge",
     "unmerge": "peftc.passes.unmerge:Unmerge",
+    "untie": "peftc.passes.untie:Untie",
+    "resize_vocabulary": "peftc.passes.resize_vocabulary:ResizeVocabulary",
+    "replicate_layers": "peftc.passes.replicate_layers:ReplicateLayers",
 }
 
 

@@ -82,7 +82,9 @@ class Context:
             return 0, constant
         if not isinstance(self.kind, ConvolutionKind):
             return (1, constant) if len(shape) == 1 else None
-        if len(shape) == len(self.kind.stride) + 1 and set(shape[1:]) <= {1}:
+        rank = len(self.kind.stride)
+        batched = len(shape) == rank + 2 and shape[0] == 1  # as PEFT keeps such vectors
+        if (batched or len(shape) == rank + 1) and set(shape[-rank:]) <= {1}:
             return 1, self.build.flatten(constant, 0)
         return None
 
@@ -164,8 +166,8 @@ def _convolution(
     argument = node.args[1]
     assert isinstance(argument, fx.Node)
     pointwise = set(c.specs[argument].shape[2:]) <= {1} and set(stride) == {1}
-    if not pointwise or set(padding) != {0} or transposing or groups != 1:
-        return None
+    if not pointwise or set(padding) != {0} or transposing or groups != 1 or kind.groups > 1:
+        return None  # what mixes several groups' features is no grouped convolution
     matrix = c.build.flatten(kernel, 1)
     shift = bias if x.bias is None else c.build.linear(x.bias, matrix, bias)
     return Affine(x.base, c.compose(matrix, x), shift)

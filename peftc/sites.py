@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -82,6 +82,7 @@ class SiteEditor(Builder):
         seed: For the start values of new constants.
         given: Trained tensors by their names in this site; none of them is drawn then.
         shared: Constants that all sites of an adapter share, by name.
+        bound: The site's constants.
     """
 
     def __init__(
@@ -91,12 +92,16 @@ class SiteEditor(Builder):
         seed: int = 0,
         given: Mapping[str, Constant] | None = None,
         shared: dict[str, Constant] | None = None,
+        bound: Mapping[str, Constant] | None = None,
     ) -> None:
         super().__init__(graphs.copy(site.graph))
         self.site, self.adapter, self.seed, self.given = site, adapter, seed, given
         self.shared = {} if shared is None else shared
+        self.bound = bound or {}
+        self.common: set[str] = set()
+        self.held: dict[str, Constant] = {}
         self.created: dict[str, Constant] = {}
-        self.frozen: dict[str, str] = {}
+        self.frozen: dict[str, str | None] = {}
         self.rebound: dict[str, Constant] = {}
         self.dropouts = dict(site.dropouts)
         self._output = next(n for n in self.graph.nodes if n.op == "output")
@@ -151,6 +156,15 @@ class SiteEditor(Builder):
     def scale_input(self, x: fx.Node, vector: fx.Node) -> fx.Node:
         """The input x times a vector of one factor an input feature."""
         return self.mul(x, self.kind.along_input(self, vector))
+
+    def change_input(self, change: Callable[[fx.Node], fx.Node]) -> None:
+        """Makes all of the site see `change(x)`, in the dtype of x, in the place of x."""
+        users = list(self.x.users)
+        first = next(n for n in self.graph.nodes if n.op != "placeholder")
+        with self.graph.inserting_before(first):
+            changed = self.type_as(change(self.x), self.x)
+        for user in users:
+            user.replace_input_with(self.x, changed)
 
     def cast_input(self, like: fx.Node) -> fx.Node:
         """X in the dtype of a parameter; ids stay as they are."""
@@ -213,16 +227,33 @@ class SiteEditor(Builder):
         self.created[local] = constant
         return self.const(local)
 
-    def share(self, name: str, start: Constant) -> fx.Node:
-        """A constant that is not trained and that all sites of the adapter share.
+    def share(
+        self, name: str, start: Constant | None = None, *, trained: bool = False, saved: bool = True
+    ) -> fx.Node:
+        """A constant that sites of the adapter share.
 
         Args:
-            name: As in PEFT's files, without a site.
-            start: Its values, unless they are given.
+            name: As in PEFT's files; of a frozen one without a site.
+            start: Its values, unless they are given, here or by the method's `common`.
+            trained: Whether it is trained, and kept with the first site that has it.
+            saved: Whether it is a part of PEFT's files.
         """
         local = local_name(name, self.adapter)
-        self.frozen[local] = name
-        self.created[local] = self.shared.setdefault(name, start)
+        own = (self.given or {}).get(local, start)
+        if name not in self.shared:
+            assert own is not None
+            self.shared[name] = own
+        self.created[local] = self.shared[name]
+        if trained:
+            self.common.add(local)
+        else:
+            self.frozen[local] = name if saved else None
+        return self.const(local)
+
+    def hold(self, name: str, constant: Constant) -> fx.Node:
+        """A constant that is a part of the method and not of its files, such as an index."""
+        local = local_name(name, self.adapter)
+        self.held[local] = constant
         return self.const(local)
 
     def rebind(self, local: str, constant: Constant) -> None:

@@ -77,7 +77,11 @@ class Targets(BaseModel):
 
     def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The selected sites' names, in the model's order, and what matched nothing."""
-        names, others = list(program.sites), program.modules
+        return self.select(program, list(program.sites))
+
+    def select(self, program: Program, names: Sequence[str]) -> tuple[list[str], list[PeftcError]]:
+        """The selected ones of some modules' names, and what matched nothing."""
+        others = program.modules
         errors: list[PeftcError] = []
         if self.targets == ALL_LINEAR:
             chosen = _linears(program)
@@ -150,18 +154,29 @@ def _of_roles(program: Program, wanted: str) -> tuple[list[str], list[PeftcError
     return chosen, errors
 
 
-def named_modules(
-    patterns: str | list[str], program: Program
-) -> tuple[list[str], list[PeftcError]]:
-    """The modules with tensors of their own that patterns name, and patterns that name none."""
+def holders(program: Program) -> list[str]:
+    """The modules that have tensors, of their own or of modules within them."""
     owners = {fqn.rpartition(".")[0] for fqn in program.constants}
-    names = [
+    return [
         module
         for module in sorted(program.modules)
         if any(owner == module or owner.startswith(f"{module}.") for owner in owners)
     ]
-    chosen = [name for name in names if _matches(patterns, name)]
-    return chosen, _idle("module", patterns, names, names, program.modules)
+
+
+def named_modules(
+    patterns: str | list[str], program: Program
+) -> tuple[list[str], list[PeftcError]]:
+    """The modules with tensors of their own whose names end so, and patterns that name none."""
+    names = holders(program)
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    chosen = [name for name in names if any(name.endswith(pattern) for pattern in listed)]
+    errors: list[PeftcError] = [
+        SelectionError(f"module {pattern!r} matches none", fix=did_you_mean(pattern, names))
+        for pattern in listed
+        if not any(name.endswith(pattern) for name in names)
+    ]
+    return chosen, errors
 
 
 def idle_modules(program: Program, names: Sequence[str]) -> list[PeftcError]:

@@ -15,6 +15,8 @@ from peftc.progress import Progress
 if TYPE_CHECKING:
     from peftc.program import Entry
 
+_SHOWN = 5  # sites for each figure that a pass measures
+
 
 class Terminal:
     """One command's output.
@@ -121,6 +123,18 @@ class _Shown(Progress):
         change = entry.measured.get("largest_relative_change")
         size = "" if change is None else f", largest relative change {change:.1e}"
         self.terminal.say(f"[green]✓[/] {entry.title}: {entry.sites} sites ({entry.effect}{size})")
+        for name, figures in entry.measured.items():
+            if isinstance(figures, Mapping):
+                self._figures(name.replace("_", " "), figures)
+
+    def _figures(self, name: str, figures: Mapping[str, float]) -> None:
+        """A figure of each site: the largest of them, for the journal has them all."""
+        largest = sorted(figures.items(), key=lambda item: -item[1])
+        for site, figure in largest[:_SHOWN]:
+            self.terminal.say(f"  {name}: {figure:.1e} at {site}")
+        if len(largest) > _SHOWN:
+            left = len(largest) - _SHOWN
+            self.terminal.say(f"  {name}: at most {largest[_SHOWN][1]:.1e} at {left} sites more")
 
     def stage(self, name: str, total: int = 0) -> None:
         self.stop()

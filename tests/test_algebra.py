@@ -354,3 +354,40 @@ def test_unknown_method_trains_merges_and_exports(
     out = peftc.to_safetensors(merged, tmp_path / "out", proof="whole")
     assert distance(logits(auto(out.path)), want) <= 1e-5
     assert out.manifest["proof"]["whole"]["relative_error"] <= 1e-5
+
+
+class BentBranch(Method):
+    """A low-rank update, and beside it a bottleneck with a nonlinearity and a gain behind it."""
+
+    effect: ClassVar[Effect] = Effect.CHANGES
+
+    def inject(self, site: SiteEditor) -> None:
+        a = site.down("low_A.weight", 2, "gaussian")
+        b = site.up("low_B.weight", 2, "gaussian")
+        x = site.cast_input(a)
+        site.add_to_output(site.mul(site.mix(site.apply(a, x), b), 0.5))
+        down = site.down("down.weight", 3, "gaussian")
+        up = site.up("up.weight", 3, "gaussian")
+        gain = site.parameter("gain.weight", (site.out_features,), "gaussian")
+        bent = site.op(aten.gelu.default, site.mul(site.apply(down, x), 2.0))
+        site.add_to_output(site.scale_output(site.mix(bent, up), gain))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fold_folds_the_affine_parts_and_keeps_the_rest_when_a_nonlinearity_is_in_the_way(
+    checkpoint: MakeCheckpoint, name: str, dtype: torch.dtype
+) -> None:
+    program = Pipeline([BentBranch()]).run(peftc.capture(checkpoint(name, dtype=dtype)))
+    folded = Pipeline([Fold()]).run(program)
+    fqn, site = next((f, s) for f, s in folded.sites.items() if not s.is_plain)
+    names = set(graphs.constant_names(site.graph))
+    assert not [n for n in names if n.startswith("low_")]  # merged into the weight
+    assert [n for n in names if n.startswith("folded_")]  # the 2.0 and the gain, in their layers
+    assert isinstance(folded.constants[f"{fqn}.weight"], Derived)
+    assert "gelu" in folded.journal[-1].measured["kept"][fqn]
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        want, got = (peftc.materialize(p)(ids).logits.float() for p in (program, folded))
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    assert float((got - want).abs().max() / want.abs().max()) <= bound

@@ -16,15 +16,21 @@ ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
     "errors", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants",
-    "evaluate", "kinds", "layout", "sites", "program", "targets", "contract", "adapter", "registry",
-    "rules", "algebra", "pipeline", "tracing", "conversion", "roles", "outline", "capturing",
-    "artifact", "link", "live", "witness", "proof", "kernels", "passes", "exporters", "recipe",
-    "api", "terminal", "inspection", "demo_model", "demo", "cli_options", "cli", "__main__",
+    "evaluate", "kinds", "layout", "sites", "program", "targets", "contract", "adapter",
+    "registry", "rules", "algebra", "factors", "deltas", "pipeline", "tracing", "conversion",
+    "roles", "outline", "capturing", "structure", "artifact", "link", "live", "optimizer_groups",
+    "witness", "proof", "spectra", "analysis", "kernels", "passes", "exporters", "recipe", "api",
+    "terminal", "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli",
+    "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
     "recipe", "artifact", "terminal", "inspection", "cli_options", "cli", "passes.lora",
-    "passes.attach", "passes.fold", "passes.merge", "passes.unmerge", "demo_model",
+    "passes.dora", "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit",
+    "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
+    "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
+    "passes.unmerge", "passes.untie", "passes.resize_vocabulary", "passes.replicate_layers",
+    "demo_model",
 ]  # fmt: skip
 SOURCES = sorted(
     [

@@ -30,16 +30,15 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4, "max_position_embeddings": 32,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-GROUPED = {**TEXT, "num_key_value_heads": 2}
+GROUPED, LABELS = {**TEXT, "num_key_value_heads": 2}, {**TEXT, "num_labels": 5}
+GEMMA = {**GROUPED, "head_dim": 8}
 GPT = {k: TEXT[k] for k in ("vocab_size", "bos_token_id", "eos_token_id")}
-SEQ2SEQ: dict[str, Any] = {
-    **GPT, "pad_token_id": 0, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "decoder_start_token_id": 1,
-}  # fmt: skip
+HALF = {"layers": 2, "ffn_dim": 48, "attention_heads": 4}
+HALVES = {f"{half}_{key}": n for half in ("encoder", "decoder") for key, n in HALF.items()}
+SEQ2SEQ = {**GPT, **HALVES, "d_model": 32, "pad_token_id": 0, "decoder_start_token_id": 1}
 IMAGE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "image_size": 16, "patch_size": 4,
+    "image_size": 16, "patch_size": 4, "num_labels": 5,
 }  # fmt: skip
 QWEN_VISION: dict[str, Any] = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
@@ -73,9 +72,8 @@ class Plain(nn.Module):
 def random_(model: nn.Module) -> Any:
     """The model with all weights random: noise on norms and biases too, so nothing is 0 or 1."""
     model.eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
     return model
 
 
@@ -85,9 +83,9 @@ def tiny(cls: str, config: str, **options: Any) -> Any:
     return random_(getattr(transformers, cls)(getattr(transformers, config)(**options)))
 
 
-def plain(groups: int = 1) -> nn.Module:
+def plain(groups: int) -> Any:
     torch.manual_seed(0)
-    return random_(Plain(groups))  # type: ignore[no-any-return]
+    return random_(Plain(groups))
 
 
 def noise(*shape: int) -> Tensor:
@@ -96,6 +94,10 @@ def noise(*shape: int) -> Tensor:
 
 def ids() -> Inputs:
     return {"input_ids": torch.tensor(IDS)}
+
+
+def pairs() -> Inputs:
+    return ids() | {"decoder_input_ids": torch.tensor(IDS)[:, 3:]}
 
 
 def logits(output: Any) -> Tensor:
@@ -118,7 +120,7 @@ class Specimen:
         tokens: The same for trainable tokens, where PEFT follows ties from another name.
         convolution: Suffix of a convolution.
         experts: Fused parameters of experts.
-        stacked: Whether it is one stack of decoder layers, which PEFT may replicate.
+        replication: Whether it is one stack of decoder layers, which PEFT may replicate.
         inputs: Makes the inputs of a forward, the same at every call.
         output: The tensor to compare, from what the model returns.
     """
@@ -134,7 +136,7 @@ class Specimen:
     tokens: str | None = None
     convolution: str | None = None
     experts: tuple[str, ...] = ()
-    stacked: bool = False
+    replication: bool = False
     inputs: Callable[[], Inputs] = ids
     output: Callable[[Any], Tensor] = logits
 
@@ -144,12 +146,12 @@ def specimen(
 ) -> Specimen:
     """A specimen from words; `ia3` is `keys values / feedforward`."""
     words: list[Any] = [tuple(s.split()) for s in (linears, *ia3.split(" / "), norms, saved)]
-    return Specimen(name, build, *words, **rest)
+    return Specimen(name, build, *words, **{"tokens": rest.get("embedding"), **rest})
 
 
 def causal(name: str, cls: str, *words: str, options: dict[str, Any], **rest: Any) -> Specimen:
     build = partial(tiny, f"{cls}ForCausalLM", f"{cls}Config", **options)
-    return specimen(name, build, *words, stacked=True, **rest)
+    return specimen(name, build, *words, replication=True, **rest)
 
 
 QKVO, MLP = "q_proj k_proj v_proj o_proj ", "gate_proj up_proj down_proj"
@@ -164,31 +166,27 @@ BERT = (
 BART = (OUT, "k_proj v_proj / fc2", "self_attn_layer_norm encoder_attn_layer_norm final_layer_norm")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
-
 SPECIMENS: dict[str, Specimen] = {
     s.name: s
     for s in (
         causal("llama", "Llama", *LLAMA, "lm_head norm", options=GROUPED, embedding="embed_tokens"),
         causal("qwen2", "Qwen2", *LLAMA, "lm_head", options=GROUPED, embedding="embed_tokens"),
         causal("qwen3", "Qwen3", LLAMA[0], LLAMA[1], LLAMA[2] + " q_norm k_norm", "lm_head",
-               options={**GROUPED, "head_dim": 8}, embedding="embed_tokens"),
-        # Tied, and its head is saved.
-        causal("gemma", "Gemma", *LLAMA, "lm_head", options={**GROUPED, "head_dim": 8},
-               embedding="embed_tokens"),
+               options=GEMMA, embedding="embed_tokens"),
+        causal("gemma", "Gemma", *LLAMA, "lm_head", options=GEMMA, embedding="embed_tokens"),
         causal("phi3", "Phi3", "qkv_proj o_proj gate_up_proj down_proj", "qkv_proj / down_proj",
                LLAMA[2], "lm_head", options=GROUPED, embedding="embed_tokens"),
         specimen("gpt2", partial(tiny, "GPT2LMHeadModel", "GPT2Config", **GPT, n_embd=32, n_layer=2,
                                  n_head=4, n_positions=32),
                  "c_attn c_proj c_fc", "c_attn / mlp.c_proj", "ln_1 ln_2 ln_f", "ln_f",
-                 embedding="wte", stacked=True),
+                 embedding="wte", replication=True),
         causal("opt", "OPT", OUT, "k_proj v_proj / fc2", "self_attn_layer_norm final_layer_norm",
                "decoder.final_layer_norm", embedding="embed_tokens",
                options={**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32}),
         causal("bloom", "Bloom", *BLOOM, "ln_f", embedding="word_embeddings",
                options={**GPT, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
         causal("falcon", "Falcon", *BLOOM, "ln_f", options=TEXT, embedding="word_embeddings"),
-        specimen("bert", partial(tiny, "BertForSequenceClassification", "BertConfig", **TEXT,
-                                 num_labels=5),
+        specimen("bert", partial(tiny, "BertForSequenceClassification", "BertConfig", **LABELS),
                  *BERT, "classifier", embedding="word_embeddings"),
         specimen("roberta", partial(tiny, "RobertaForMaskedLM", "RobertaConfig", **TEXT),
                  *BERT, "lm_head.dense lm_head.layer_norm", embedding="word_embeddings"),
@@ -196,13 +194,12 @@ SPECIMENS: dict[str, Specimen] = {
                                d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
                  "q k v o wi wo", "k v / wo", "layer_norm final_layer_norm",
                  "decoder.final_layer_norm", embedding="embed_tokens", tokens="shared",
-                 inputs=lambda: ids() | {"decoder_input_ids": torch.tensor(IDS)[:, 3:]}),
+                 inputs=pairs),
         specimen("bart", partial(tiny, "BartForConditionalGeneration", "BartConfig", **SEQ2SEQ,
                                  max_position_embeddings=32),
                  *BART, "decoder.layernorm_embedding", embedding="embed_tokens", tokens="shared",
-                 inputs=lambda: ids() | {"decoder_input_ids": torch.tensor(IDS)[:, 3:]}),
-        specimen("vit", partial(tiny, "ViTForImageClassification", "ViTConfig", **IMAGE,
-                                num_labels=5),
+                 inputs=pairs),
+        specimen("vit", partial(tiny, "ViTForImageClassification", "ViTConfig", **IMAGE),
                  QKVO + "fc1 fc2", "k_proj v_proj / fc2",
                  "layernorm_before layernorm_after vit.layernorm", "classifier",
                  convolution="projection", inputs=lambda: {"pixel_values": noise(2, 3, 16, 16)}),
@@ -232,34 +229,29 @@ SPECIMENS: dict[str, Specimen] = {
                                  "pixel_values": noise(16, 96),
                                  "image_grid_thw": torch.tensor([[1, 4, 4]])}),
         causal("mixtral", "Mixtral", QKVO, "k_proj v_proj / ", LLAMA[2], "lm_head", experts=EXPERTS,
-               options={**GROUPED, "num_local_experts": 4}, embedding="embed_tokens"),
+               options=GROUPED | {"num_local_experts": 4}, embedding="embed_tokens"),
         causal("qwen3_moe", "Qwen3Moe", QKVO, "k_proj v_proj / ", LLAMA[2] + " q_norm k_norm",
                "lm_head", experts=EXPERTS,
-               options={**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+               options={**GEMMA, "num_experts": 4, "num_experts_per_tok": 2,
                         "moe_intermediate_size": 24}, embedding="embed_tokens"),
         # Not dt_proj, of which it reads the weight: there PEFT's adapter is dead until merged.
-        causal("mamba", "Mamba", "in_proj x_proj", "x_proj / in_proj", "norm norm_f",
-               "norm_f", embedding="embeddings", convolution="conv1d",
-               options={**GPT, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8,
-                        "time_step_rank": 8}),
+        causal("mamba", "Mamba", "in_proj x_proj", "x_proj / in_proj", "norm norm_f", "norm_f",
+               embedding="embeddings", convolution="conv1d",
+               options={**GPT, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
         *(specimen(name, partial(plain, groups), "body.0 body.2 head", "body.0 / body.2", "norm",
                    "norm", embedding="embed", convolution="conv",
-                   inputs=lambda: ids() | {"pixel_values": noise(2, 4, 8, 8)},
-                   output=lambda o: o)
+                   inputs=lambda: ids() | {"pixel_values": noise(2, 4, 8, 8)}, output=lambda o: o)
           for name, groups in (("plain", 1), ("grouped", 2))),
     )
 }  # fmt: skip
-
-
-def lora(targets: tuple[str | None, ...], **options: Any) -> Any:
-    options = {"r": 4, "lora_alpha": 6, **options}
-    return peft.LoraConfig(target_modules=list(targets), **options)
 
 
 def config(cls: str, targets: tuple[str | None, ...], **options: Any) -> Any:
     return getattr(peft, cls)(target_modules=list(targets), **options)
 
 
+lora = partial(config, "LoraConfig", r=4, lora_alpha=6)
+ia3 = partial(config, "IA3Config")
 ADALORA = {"init_r": 6, "target_r": 4, "lora_alpha": 8, "total_step": 10}
 RECIPES: dict[str, Callable[[Specimen], Any]] = {
     "lora": lambda s: lora(s.linears),
@@ -278,51 +270,37 @@ RECIPES: dict[str, Callable[[Specimen], Any]] = {
     "lokr": lambda s: config("LoKrConfig", s.linears, r=4, alpha=6),
     "loha on convolution": lambda s: config("LoHaConfig", (s.convolution,), r=4, alpha=6),
     "lokr on convolution": lambda s: config("LoKrConfig", (s.convolution,), r=4, alpha=6),
-    "ia3": lambda s: config(
-        "IA3Config", s.keys_values + s.feedforward, feedforward_modules=list(s.feedforward)
-    ),
+    "ia3": lambda s: ia3(s.keys_values + s.feedforward, feedforward_modules=list(s.feedforward)),
     "adalora": lambda s: config("AdaLoraConfig", s.linears, **ADALORA),
     "oft": lambda s: config("OFTConfig", s.linears, oft_block_size=4),
     "boft": lambda s: config("BOFTConfig", s.linears, boft_block_size=4, boft_n_butterfly_factor=2),
-    "lora + tokens": lambda s: lora(
-        s.linears, trainable_token_indices={s.tokens or s.embedding: TOKENS}
-    ),
-    "tokens": lambda s: config(
-        "TrainableTokensConfig", (s.tokens or s.embedding,), token_indices=TOKENS
-    ),
+    "lora + tokens": lambda s: lora(s.linears, trainable_token_indices={s.tokens: TOKENS}),
+    "tokens": lambda s: config("TrainableTokensConfig", (s.tokens,), token_indices=TOKENS),
     "modules_to_save": lambda s: lora(s.linears, modules_to_save=list(s.saved)),
     "layernorm": lambda s: config("LNTuningConfig", s.norms),
     "experts": lambda s: lora(s.linears, target_parameters=list(s.experts)),
     "layer replication": lambda s: lora(s.linears, layer_replication=[(0, 2), (1, 2)]),
 }
-# What a specimen must have for a method whose name holds the word.
-NEEDS = {
-    "embedding": "embedding", "tokens": "embedding", "convolution": "convolution",
-    "experts": "experts", "replication": "stacked",
-}  # fmt: skip
+# What a specimen must have for a method with that word in its name.
+NEEDS = ("embedding", "tokens", "convolution", "experts", "replication")
 
 
 def per_pair(*rows: tuple[str, str, str]) -> dict[tuple[str, str], str]:
-    """By method and specimen, from rows of `methods, specimens, text`; "*" is all of them."""
-    return {
-        (method, name): text
-        for methods, names, text in rows
-        for method in methods.split(", ")
-        for name in (SPECIMENS if names == "*" else names.split())
-    }
+    """By method and specimen, from rows of `methods, specimens, text`."""
+    return {(m, s): text for ms, ss, text in rows for m in ms.split(", ") for s in ss.split()}
 
 
 # By method and specimen, why there is no adapter: it lacks what the method applies to, or PEFT's
 # own adapter cannot be made, or does not survive PEFT's own saving and loading.
 UNSUPPORTED: dict[tuple[str, str], str] = {
-    (method, s.name): f"has no {'one stack of layers' if need == 'stacked' else need}"
+    (method, s.name): f"has no {need}"
     for method in RECIPES
-    for word, need in NEEDS.items()
+    for need in NEEDS
     for s in SPECIMENS.values()
-    if word in method and not getattr(s, need)
+    if need in method and not getattr(s, need)
 } | per_pair(
-    ("lora on convolution, dora on convolution, loha on convolution, lokr on convolution",
-     "whisper", "the encoder reads conv1.stride, which PEFT's wrapper has not"),
+    (", ".join(m for m in RECIPES if "convolution" in m), "whisper",
+     "the encoder reads conv1.stride, which PEFT's wrapper has not"),
     ("lora on convolution, dora on convolution", "mamba", "PEFT refuses conv1d of Mamba models"),
     ("loha on convolution, lokr on convolution", "mamba",
      "the adapter is dead: Mamba reads conv1d.weight and never calls the layer"),
@@ -354,9 +332,7 @@ def configure(method: str, specimen: Specimen) -> Any:
     return None if (method, specimen.name) in UNSUPPORTED else RECIPES[method](specimen)
 
 
-METHODS: dict[str, Callable[[Specimen], Any]] = {
-    method: partial(configure, method) for method in RECIPES
-}
+METHODS: dict[str, Callable[[Specimen], Any]] = {m: partial(configure, m) for m in RECIPES}
 INITIAL = ("pissa", "olora")  # which change the base, and are saved as plain LoRA
 
 
@@ -378,11 +354,10 @@ def adapter(method: str, specimen: Specimen) -> Any:
     """
     model = untrained(method, specimen)
     torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
-                parameter.add_(torch.randn_like(parameter), alpha=1.0 if "lora_E" in name else 0.1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1 + 0.2 * torch.randn_like(parameter))
+            parameter.data.add_(torch.randn_like(parameter), alpha=1 if "lora_E" in name else 0.1)
     moved = distance(run(model, specimen), run(specimen.build(), specimen))
     assert moved > 1e-3, f"{method} on {specimen.name} moves the output by only {moved:.1e}"
     return model
@@ -463,8 +438,8 @@ def main() -> int:
                 continue
             cell, lost, wrong = trial(method, s)
             row.append(cell)
-            recorded = PEFT_MERGE_WRONG.get((method, s.name), "")
-            if bool(lost) != bool(reason) or bool(wrong) != bool(recorded):
+            known = (method, s.name) in PEFT_MERGE_WRONG
+            if bool(lost) != bool(reason) or bool(wrong) != known:
                 surprises.append(f"{method} on {s.name}: {lost or wrong or 'is right'}")
         print(f"{method:20}", *(f"{cell:>7}" for cell in row), flush=True)
     print(*surprises, sep="\n")
