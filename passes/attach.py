@@ -309,7 +309,7 @@ def _own(
     from peftc.constants import cast
     from peftc.evaluate import value
 
-    stored = set(program.stored.values())
+    stored = {*program.stored.values(), *program.aliases}
     mine = [fqn for fqn in program.adapters[name].tensors.values() if fqn in stored]
     wanted = {f"{PEFT_PREFIX}{alias}": fqn for fqn in mine for alias in program.names_of(fqn)}
     where = str(directory.file.path)
