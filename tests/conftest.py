@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -42,6 +43,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 MakeCheckpoint = Callable[..., Path]
+Tied = Callable[..., Path]
 MakeAdapter = Callable[..., Path]
 
 
@@ -64,6 +66,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
             path = tmp_path_factory.mktemp(f"{name}-{str(dtype).rpartition('.')[2]}")
             model.to(dtype).save_pretrained(path, max_shard_size="40KB" if shards else "1GB")
             made[key] = path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Tied:
+    """Makes, once for each of its arguments, a tiny checkpoint whose head is the embedding."""
+    made: dict[Any, Path] = {}
+
+    def make(
+        name: str = "llama", dtype: torch.dtype = torch.float32, shards: bool = False, **more: Any
+    ) -> Path:
+        key = name, dtype, shards, repr(more)
+        if key not in made:
+            cls, config, options = ARCHITECTURES[name]
+            options = {**options, "tie_word_embeddings": True, **more}
+            torch.manual_seed(11)
+            model = getattr(transformers, cls)(getattr(transformers, config)(**options))
+            for parameter in model.parameters():
+                nn.init.normal_(parameter, std=0.1)
+            made[key] = tmp_path_factory.mktemp(f"tied-{name}")
+            model.to(dtype).save_pretrained(made[key], max_shard_size="40KB" if shards else "1GB")
         return made[key]
 
     return make

@@ -20,7 +20,8 @@ from peftc.evaluate import value
 from .conftest import MakeAdapter, MakeCheckpoint, distance, logits, with_peft
 from .helpers import alone as run_alone
 from .helpers import refuse
-from .test_combine import Crooked, Gated, carrying, lora, other
+from .test_combine import Crooked, Gated, carrying, lora
+from .test_combine_interplay import other
 
 KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 PLAIN = {
