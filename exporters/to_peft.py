@@ -77,6 +77,12 @@ def to_peft(
             fix="write the model with it: peftc apply, or peftc.apply",
         )
     found = program.adapters[name]
+    if found.method is not None and found.method.times != 1:
+        raise ArtifactError(
+            f"the adapter {name!r} is weighed by {found.method.times}, which its config cannot say",
+            where=str(target),
+            fix="write it as plain LoRA (--canonical), or merge it",
+        )
     need = sum(program.constants[fqn].spec.nbytes for fqn in found.tensors.values())
     key = key_of(program.fingerprint, name)
     with staging(

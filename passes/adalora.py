@@ -34,6 +34,7 @@ class AdaLora(Method):
     """Inject branches B·diag(E)·A with E zero at the start, whose ranks can be pruned."""
 
     peft_type: ClassVar[str | None] = "ADALORA"
+    additive: ClassVar[bool] = True
     peft_fields: ClassVar[Mapping[str, str]] = {
         "init_r": "init_r", "target_r": "target_r", "lora_alpha": "alpha",
         "lora_dropout": "dropout", "bias": "bias", "rank_pattern": "rank_pattern",

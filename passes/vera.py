@@ -23,6 +23,7 @@ class Vera(Method):
     """Inject branches whose A and B are random, frozen and shared; two vectors scale them."""
 
     peft_type: ClassVar[str | None] = "VERA"
+    additive: ClassVar[bool] = True
     peft_fields: ClassVar[Mapping[str, str]] = {
         "r": "rank", "projection_prng_key": "projection_seed", "vera_dropout": "dropout",
         "save_projection": "save_projection", "d_initial": "d_initial", "bias": "bias",

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from peftc.errors import AdapterError, PassError, PeftcError
 from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
@@ -113,6 +113,7 @@ class Method(Targets, Pass):
         peft_neutral: Keys of its config that do not change what a trained adapter computes.
         kinds: The kinds of site that it can serve.
         grouped: Whether it can serve a convolution of several groups.
+        additive: Whether all that it does is `add_to_output`, so that a number can weigh it.
     """
 
     effect: ClassVar[Effect] = Effect.IDENTITY
@@ -122,6 +123,8 @@ class Method(Targets, Pass):
     peft_neutral: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[str]] = frozenset(LINEARS)
     grouped: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
+    _times: float = PrivateAttr(1.0)
 
     adapter: AdapterName = Field("default", description="the adapter's name")
     seed: int = Field(0, ge=0, description="seed of the start values")
@@ -164,10 +167,24 @@ class Method(Targets, Pass):
         return cls(**{field: given[key] for key, field in fields.items() if key in given})
 
     def weighted(self, weight: float) -> Self:
-        """This method with what it adds multiplied by `weight`."""
-        if weight != 1:
-            raise PassError(f"{type(self).__name__} cannot be weighed by {weight}")
-        return self
+        """This method with what it adds multiplied by `weight`.
+
+        Raises:
+            PassError: It does not only add to the output, so that no number weighs it.
+        """
+        if weight != 1 and not self.additive:
+            raise PassError(
+                f"{type(self).__name__} cannot be weighed by {weight}: it does not only add",
+                fix="attach it with weight 1, or merge it by itself",
+            )
+        weighted = self.model_copy()
+        weighted._times = self._times * weight
+        return weighted
+
+    @property
+    def times(self) -> float:
+        """What the method's branches are multiplied by, beside its own scale."""
+        return self._times
 
     def settled(self, program: Program) -> Self:
         """This method with what it has to know of the whole model, before it sees single sites."""

@@ -21,8 +21,9 @@ _library.define("cayley(Tensor skew, int terms) -> Tensor")
 def _rotate(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """x·diag(R₁, R₂, …): x is (…, n·b) and blocks is (n, b, b)."""
     count, size, _ = blocks.shape
-    parts = x.reshape(*x.shape[:-1], count, 1, size)
-    return torch.matmul(parts, blocks).flatten(-3)
+    # One product a block, with all rows at once: a product a row would be many small ones.
+    parts = x.reshape(-1, count, size).transpose(0, 1)
+    return torch.bmm(parts, blocks).transpose(0, 1).reshape(x.shape)
 
 
 def _skew(entries: torch.Tensor, size: int) -> torch.Tensor:

@@ -75,6 +75,8 @@ class Injector(Protocol):
     def adapter(self) -> str: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def times(self) -> float: ...
     def inject(self, site: SiteEditor) -> None: ...
     def settled(self, program: Program) -> Injector: ...
     def peft_config(self) -> dict[str, Any]: ...
@@ -232,7 +234,9 @@ class Program:
             trained = None if given is None else given[name]
             site = self.sites[name]
             bound = {**self.bindings(site), **self.plain_bindings(site)}
-            editor = SiteEditor(site, method.adapter, method.seed, trained, shared, bound)
+            editor = SiteEditor(
+                site, method.adapter, method.seed, trained, shared, bound, method.times
+            )
             try:
                 method.inject(editor)
             except AdapterError as error:
@@ -286,11 +290,11 @@ class Program:
 
     def without(self, fqns: Iterable[str]) -> Program:
         """A program without these constants; an adapter that is left with none is gone."""
-        gone = set(fqns)
+        gone, stored = set(fqns), set(self.stored.values())
         adapters = {}
         for adapter in self.adapters.values():
             left = {key: fqn for key, fqn in adapter.tensors.items() if fqn not in gone}
-            if any(fqn not in self.stored.values() for fqn in left.values()):
+            if any(fqn not in stored for fqn in left.values()):
                 adapters[adapter.name] = replace(adapter, tensors=left)
         kept = {fqn: c for fqn, c in self.constants.items() if fqn not in gone}
         aliases = {tied: owner for tied, owner in self.aliases.items() if tied not in gone}

@@ -83,6 +83,7 @@ class SiteEditor(Builder):
         given: Trained tensors by their names in this site; none of them is drawn then.
         shared: Constants that all sites of an adapter share, by name.
         bound: The site's constants.
+        times: What each branch that is added to the output is multiplied by.
     """
 
     def __init__(
@@ -93,11 +94,12 @@ class SiteEditor(Builder):
         given: Mapping[str, Constant] | None = None,
         shared: dict[str, Constant] | None = None,
         bound: Mapping[str, Constant] | None = None,
+        times: float = 1.0,
     ) -> None:
         super().__init__(graphs.copy(site.graph))
         self.site, self.adapter, self.seed, self.given = site, adapter, seed, given
         self.shared = {} if shared is None else shared
-        self.bound = bound or {}
+        self.bound, self.times = bound or {}, times
         self.common: set[str] = set()
         self.held: dict[str, Constant] = {}
         self.created: dict[str, Constant] = {}
@@ -270,6 +272,8 @@ class SiteEditor(Builder):
 
     def add_to_output(self, branch: fx.Node) -> None:
         """Adds a branch to y, in the wider of their dtypes; several are summed, then cast once."""
+        if self.times != 1:
+            branch = self.mul(branch, self.times)
         y = self.y
         total, like = y.args if y.target is aten.type_as.default else (y, y)
         assert isinstance(total, fx.Node) and isinstance(like, fx.Node)

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 import peftc
-from peftc.errors import PeftcError, SelectionError
+from peftc import registry
+from peftc.errors import PassError, PeftcError, SelectionError
 from peftc.passes.attach import Attach
 from peftc.passes.lora import Lora
 from peftc.pipeline import Pipeline
@@ -181,3 +182,44 @@ def test_role_is_refused_when_it_is_misspelt() -> None:
     program = peftc.capture(zoo.SPECIMENS["llama"].build())
     errors = Lora(rank=2, targets="role:qurey").pick(program)[1]
     assert "query" in str(errors[0])
+
+
+def test_adapters_are_refused_when_they_train_the_same_tensor() -> None:
+    program = peftc.capture(zoo.SPECIMENS["gpt2"].build())
+    first = Lora(rank=2, targets="c_attn", bias="lora_only", adapter="a")
+    second = Lora(rank=2, targets="c_attn", bias="all", adapter="b")
+    with pytest.raises(PeftcError, match=r"c_attn\.bias.*trained by the adapter 'a' already"):
+        Pipeline([first, second]).run(program)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "targets"),
+    [
+        ("ia3", "llama", "embed_tokens"),
+        ("oft", "vit", "patch_embeddings.projection"),
+        ("dora", "mixtral", r".*experts\.down_proj"),
+        ("loha", "gpt2", "c_attn"),
+        ("lora", "grouped", "conv"),
+    ],
+)
+def test_method_is_refused_on_a_kind_of_site_that_it_cannot_serve(
+    method: str, name: str, targets: str
+) -> None:
+    program = peftc.capture(zoo.SPECIMENS[name].build())
+    options: dict[str, Any] = {"targets": targets}
+    if method == "ia3":
+        options["feedforward"] = []
+    errors = registry.load(method)(**options).check(program)
+    assert errors
+    assert all(isinstance(error, PassError) and error.where and error.fix for error in errors)
+
+
+def test_patterns_are_refused_all_at_once_when_they_are_misspelt() -> None:
+    program = peftc.capture(zoo.SPECIMENS["llama"].build())
+    lora = Lora(
+        rank=2, targets=["q_proj", "v_porj"], rank_pattern={"q_porj": 4},
+        modules_to_save=["lm_haed"], exclude=["o_porj"],
+    )  # fmt: skip
+    text = "\n".join(map(str, lora.check(program)))
+    assert all(typo in text for typo in ("v_porj", "q_porj", "lm_haed", "o_porj"))
+    assert all(near in text for near in ("v_proj", "q_proj", "lm_head", "o_proj"))

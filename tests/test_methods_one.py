@@ -16,10 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftc
-from peftc import Attach, Merge, Pipeline, Program, absorb, capture, materialize, registry
+from peftc import (
+    Attach,
+    Merge,
+    Pipeline,
+    Program,
+    Unmerge,
+    absorb,
+    capture,
+    materialize,
+    registry,
+)
 from peftc.contract import Method
 from peftc.errors import AdapterError, PassError, PeftcError, SelectionError
 from peftc.exporters.to_peft import to_peft
+from tests import zoo
 from tests.conftest import MakeCheckpoint, auto, distance, logits, with_peft
 from tests.helpers import edit
 
@@ -361,7 +372,7 @@ def test_damaged_directory_is_refused(
         Pipeline([Attach(path=str(tmp_path))]).run(capture(made.base))
 
 
-@pytest.mark.parametrize("method", ["dora", "vera", "ia3", "layernorm"])
+@pytest.mark.parametrize("method", ["dora", "ia3", "layernorm"])
 def test_what_is_no_sum_cannot_be_weighed(method: str, make: Make) -> None:
     made = make("llama", method)
     with pytest.raises((AdapterError, PassError), match=r"weighed by 0\.5"):
@@ -377,3 +388,17 @@ def test_feedforward_modules_are_written_so_that_peft_takes_them(
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["feedforward_modules"] == r".*(mlp\.c_proj)"
     assert distance(logits(with_peft(base, tmp_path / "out")), logits(auto(base))) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["vera", "adalora"])
+def test_additive_method_is_weighed_and_taken_out_again(method: str, tmp_path: Path) -> None:
+    specimen = zoo.SPECIMENS["llama"]
+    theirs = zoo.adapter(method, specimen)
+    zoo.save(theirs, method, specimen, tmp_path / "adapter")
+    path = str(tmp_path / "adapter")
+    base = capture(specimen.build())
+    merged = Pipeline([Attach(path=path, weight=0.5), Merge()]).run(base)
+    plain, half = (zoo.run(materialize(p), specimen) for p in (base, merged))
+    assert zoo.distance(half, plain) > 1e-4
+    again = Pipeline([Unmerge(path=path, weight=0.5)]).run(merged)
+    assert zoo.distance(zoo.run(materialize(again), specimen), plain) <= 1e-5
