@@ -7,6 +7,7 @@ over patches, an embedding a matrix over one-hot ids, a stack of experts one mat
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ SAMPLES = 4  # of random input per check
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(ABC):
     """A linear map as a class of modules has it.
 
     Attributes:
@@ -40,9 +41,9 @@ class Kind:
         """Whether a stored matrix is (in, out), PEFT's `fan_in_fan_out`."""
         return False
 
+    @abstractmethod
     def sizes(self, shape: Shape) -> tuple[int, int]:
         """In and out features of a stored weight's shape."""
-        raise NotImplementedError
 
     def matrix(self, build: Builder, weight: fx.Node) -> fx.Node:
         """A stored weight as a matrix (out, in)."""

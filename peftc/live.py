@@ -138,6 +138,7 @@ class _Live:
         self.program, self.device = program, device
         self.frozen = {fqn for a in program.adapters.values() for fqn in a.frozen}
         self._shared: dict[Constant, torch.Tensor] = {}
+        self._trained: dict[str, torch.Tensor] = {}  # by the first of the names of tied ones
 
     def module(self, site: Site, old: nn.Module) -> LiveSite:
         """The module of one rewritten site; the base's own parameters stay the same objects."""
@@ -185,8 +186,11 @@ class _Live:
             if constant not in self._shared:
                 self._shared[constant] = _wide(value(constant), dtype).to(self.device)
             return self._shared[constant]
-        tensor = _wide(value(constant), dtype).clone()
-        return nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+        owner = self.program.aliases.get(fqn, fqn)
+        if owner not in self._trained:
+            tensor = _wide(value(constant), dtype).clone()
+            self._trained[owner] = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+        return self._trained[owner]
 
 
 def _rounded(graph: fx.Graph, kind: Kind, dtype: torch.dtype) -> fx.Graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -366,34 +366,37 @@ class Program:
 
 def part_of(whole: Constant, part: Part) -> Constant:
     """A part of a constant, of which nothing but that part is evaluated."""
+    inputs: Mapping[str, Constant] = {"whole": whole}
+    graph = _itself()
     if isinstance(whole, Derived):
-        build, inputs = Builder(graphs.copy(whole.graph)), dict(whole.inputs)
-        output = next(node for node in build.graph.nodes if node.op == "output")
-        node = output.args[0]
-        build.graph.inserting_before(output)
-    else:
-        build, inputs, output = Builder(), {"whole": whole}, None
-        node = build.const("whole")
-    assert isinstance(node, fx.Node)
+        graph, inputs = whole.graph, whole.inputs
     if part.index is not None:
-        node = element(build, node, part.index)
-    lengths: dict[fx.Node, int] = {}
-
-    def length(of: fx.Node) -> int:
-        if of not in lengths:
-            specs = {n: widened(c.spec) for n, c in inputs.items()}
-            lengths.update(
-                {n: s.shape[0] if s.shape else 1 for n, s in graphs.propagate(
-                    build.graph, specs).items()}
-            )  # fmt: skip
-        return lengths[of]
-
-    node = rows(build, node, part.low, part.high, length)
-    if output is not None:
-        output.args = (node,)
-    else:
-        build.graph.output(node)
+        graph = _element(graph, part.index)
+    names = graphs.constant_names(graph)
+    build = Builder(graphs.copy(graph))
+    output = next(node for node in build.graph.nodes if node.op == "output")
+    specs = graphs.propagate(build.graph, {name: widened(inputs[name].spec) for name in names})
+    build.graph.inserting_before(output)
+    taken = rows(build, output.args[0], part.low, part.high, lambda n: (specs[n].shape or (1,))[0])
+    output.args = (taken,)
     return derive(build.graph, inputs, whole.spec.dtype)
+
+
+@cache
+def _itself() -> fx.Graph:
+    build = Builder()
+    build.graph.output(build.const("whole"))
+    return graphs.intern(build.graph)
+
+
+@cache
+def _element(graph: fx.Graph, index: int) -> fx.Graph:
+    """The graph of one matrix of a stack, once for all layers that share the stack's graph."""
+    build = Builder(graphs.copy(graph))
+    output = next(node for node in build.graph.nodes if node.op == "output")
+    build.graph.inserting_before(output)
+    output.args = (element(build, output.args[0], index),)
+    return graphs.intern(build.graph)
 
 
 def peft_path(program: Program, names: Sequence[str], fqn: str) -> str:

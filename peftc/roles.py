@@ -79,6 +79,10 @@ class Roles(BaseModel):
     roles: dict[str, frozenset[str]]
     unknown: frozenset[str] = frozenset()
 
+    def may_run(self, name: str) -> bool:
+        """Whether a module runs in a forward pass, or is not known not to."""
+        return name in self.called or name in self.unknown
+
 
 def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> Roles | None:
     """Finds a model's roles; the model itself is neither run nor changed.

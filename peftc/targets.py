@@ -124,7 +124,7 @@ def _linears(program: Program) -> list[str]:
         for name, site in program.sites.items()
         if site.kind.name in LINEARS
         and name != program.head
-        and (roles is None or name in roles.called or name in roles.unknown)
+        and (roles is None or roles.may_run(name))
     ]
 
 
@@ -192,7 +192,7 @@ def idle_modules(program: Program, names: Sequence[str]) -> list[PeftcError]:
             fix="exclude it",
         )
         for name in names
-        if name not in roles.called and name not in roles.unknown
+        if not roles.may_run(name)
     ]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,20 +41,10 @@ from peftc.sites import SiteEditor
 from peftc.spectra import Change, Figures, Pair
 from peftc.terminal import Terminal
 
-from .conftest import SMALL, MakeAdapter, MakeCheckpoint
+from .conftest import MakeAdapter, MakeCheckpoint
+from .test_combine import Model, mixture
 
 few = settings(max_examples=40, deadline=None, database=None, derandomize=True)
-
-
-class Kinds(nn.Module):
-    """A site of each kind but experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(17, 6)
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.wide = nn.Linear(6, 10)
-        self.turned = Conv1D(7, 10)
 
 
 ALL = ["embed", "conv", "wide", "turned"]
@@ -111,7 +100,7 @@ def trained(program: Program, seed: int = 0) -> Program:
 
 def carrying(*methods: Method, model: nn.Module | None = None, seed: int = 0) -> Program:
     torch.manual_seed(1)
-    return trained(Pipeline(methods).run(peftc.capture(model or Kinds())), seed)
+    return trained(Pipeline(methods).run(peftc.capture(model or Model())), seed)
 
 
 def layer(out: int, inside: int, **factors: tuple[torch.Tensor, torch.Tensor]) -> Program:
@@ -203,17 +192,7 @@ def test_figures_equal_dense_ones_at_every_kind_of_site(method: Method) -> None:
 
 
 def test_figures_of_experts_equal_dense_ones_of_each(tmp_path: Path) -> None:
-    config = transformers.Qwen3MoeConfig(
-        **SMALL, num_key_value_heads=2, moe_intermediate_size=20, num_experts=4,
-        num_experts_per_tok=2, head_dim=12,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    methods = [
-        Lora(adapter=n, rank=r, targets=[], parameters=names) for n, r in (("a", 2), ("b", 3))
-    ]
-    program = trained(Pipeline(methods).run(peftc.capture(tmp_path / "base")))
+    program = trained(mixture(tmp_path))
     want = dense(program)
     for site in analyse(program):
         assert site.kind == "experts" and len(site.shape) == 3
@@ -229,7 +208,7 @@ def test_comparison_equals_a_dense_one_whatever_form_the_changes_have() -> None:
         Lora(adapter="a", rank=2, targets=ALL), Renormed(adapter="b", targets=ALL),
         Lora(adapter="c", rank=3, targets=ALL), Renormed(adapter="d", targets=["wide"]),
     ]  # fmt: skip
-    program = Pipeline(methods[:1]).run(peftc.capture(Kinds()))
+    program = Pipeline(methods[:1]).run(peftc.capture(Model()))
     program = trained(Pipeline(methods[1:]).run(program))
     want = dense(program)
     for site in analyse(program):
@@ -316,7 +295,7 @@ def test_amplification_is_that_of_the_weight_s_own_directions() -> None:
 
 
 def test_fresh_adapter_adds_nothing() -> None:
-    program = Pipeline([Lora(targets="wide", rank=2)]).run(peftc.capture(Kinds()))
+    program = Pipeline([Lora(targets="wide", rank=2)]).run(peftc.capture(Model()))
     (change,) = only(program)
     assert (change.norm, change.effective_rank, change.rank_99) == (0, 0, 0)
     assert change.amplification is None and change.obstacle is None
@@ -391,7 +370,7 @@ def test_module_trained_whole_is_analysed_by_itself() -> None:
 
 def test_nothing_to_analyse_is_an_error() -> None:
     with pytest.raises(PassError, match="no adapter"):
-        analyse(peftc.capture(Kinds()))
+        analyse(peftc.capture(Model()))
 
 
 # --------------------------------------------------------------------------------- from directories

@@ -16,6 +16,8 @@ from peftc import registry
 from peftc.errors import PassError, PeftcError, SelectionError
 from peftc.passes.attach import Attach
 from peftc.passes.lora import Lora
+from peftc.passes.merge import Merge
+from peftc.passes.tokens import TrainableTokens
 from peftc.pipeline import Pipeline
 from tests import parity, zoo
 
@@ -223,3 +225,17 @@ def test_patterns_are_refused_all_at_once_when_they_are_misspelt() -> None:
     text = "\n".join(map(str, lora.check(program)))
     assert all(typo in text for typo in ("v_porj", "q_porj", "lm_haed", "o_porj"))
     assert all(near in text for near in ("v_proj", "q_proj", "lm_head", "o_proj"))
+
+
+def test_tokens_of_a_tied_head_are_trained_as_one() -> None:
+    specimen = zoo.SPECIMENS["gpt2"]
+    program = Pipeline([TrainableTokens(tokens=[5, 7], targets="wte")]).run(
+        peftc.capture(specimen.build())
+    )
+    model = peftc.materialize(program)
+    (parameter,) = (p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.normal_(generator=torch.Generator().manual_seed(0))
+    merged = Pipeline([Merge()]).run(peftc.absorb(program, model))
+    ours = zoo.run(peftc.materialize(merged), specimen)
+    assert zoo.distance(ours, zoo.run(model, specimen)) <= 1e-5

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +25,7 @@ from peftc.graphs import aten
 from peftc.kernels.lowrank import of_matrix, of_product
 from peftc.sites import SiteEditor
 
-from .conftest import distance
+from .conftest import SMALL, distance
 
 few = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 Dense = Callable[[list[torch.Tensor], list[float], float], torch.Tensor]
@@ -79,6 +81,21 @@ def trained(program: Program, seed: int = 0) -> Program:
 def carrying(*methods: Method, model: nn.Module | None = None) -> Program:
     torch.manual_seed(1)
     return trained(Pipeline(methods).run(peftc.capture(model or Model())))
+
+
+def mixture(folder: Path) -> Program:
+    """Two LoRAs of other ranks on the experts of a tiny mixture."""
+    config = transformers.Qwen3MoeConfig(
+        **SMALL, num_key_value_heads=2, moe_intermediate_size=20, num_experts=4,
+        num_experts_per_tok=2, head_dim=12,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    methods = [
+        Lora(adapter=n, rank=r, targets=[], parameters=names) for n, r in (("a", 2), ("b", 3))
+    ]
+    return Pipeline(methods).run(peftc.capture(folder / "base"))
 
 
 def lora(name: str, rank: int = 2, **options: Any) -> Lora:

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import peftc
-from peftc import Attach, Combine, Fold, Lora, Merge, Method, Pipeline, Program, registry
+from peftc import Attach, Combine, Fold, Merge, Method, Pipeline, Program, registry
 from peftc.algebra import fold_sites
 from peftc.deltas import deltas
 from peftc.evaluate import value
 from peftc.graphs import aten
 from peftc.sites import SiteEditor
 
-from .conftest import SMALL, MakeAdapter, MakeCheckpoint, distance, logits, with_peft
+from .conftest import MakeAdapter, MakeCheckpoint, distance, logits, with_peft
 from .test_combine import (
     DENSITY,
     Crooked,
@@ -29,6 +28,7 @@ from .test_combine import (
     combined,
     each,
     lora,
+    mixture,
     refusals,
     run,
     trained,
@@ -154,17 +154,7 @@ def test_cat_is_exact_when_a_method_is_low_rank_in_disguise(name: str) -> None:
 
 
 def test_stacks_of_experts_are_combined_each_by_itself(tmp_path: Path) -> None:
-    config = transformers.Qwen3MoeConfig(
-        **SMALL, num_key_value_heads=2, moe_intermediate_size=20, num_experts=4,
-        num_experts_per_tok=2, head_dim=12,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    methods = [
-        Lora(adapter=n, rank=r, targets=[], parameters=names) for n, r in (("a", 2), ("b", 3))
-    ]
-    program = trained(Pipeline(methods).run(peftc.capture(tmp_path / "base")))
+    program = trained(mixture(tmp_path))
     parts, site = each(program), "model.layers.1.mlp.experts.down_proj"
     want = 0.5 * parts["a"][site] - 2 * parts["b"][site]
     for options in ({"method": "cat"}, {"method": "svd", "rank": 5}):
