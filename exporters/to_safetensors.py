@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from peftc.link import link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watcher, whole_proof
+from peftc.storage import edited
 
 
 def to_safetensors(
@@ -23,6 +24,7 @@ def to_safetensors(
     proof: Extent = "auto",
     workers: int | None = None,
     progress: Progress = SILENT,
+    remarks: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Writes, proves and publishes a program's checkpoint.
 
@@ -34,6 +36,7 @@ def to_safetensors(
             loaded twice, in fp32; `auto` does that up to 1 GiB of fp32 weights.
         workers: Threads that compute; default: one per core.
         progress: Told of the stages link, prove and publish, and of every byte written.
+        remarks: What else the manifest is to say.
 
     Raises:
         ArtifactError: The target cannot be written, or the program still carries adapters.
@@ -66,7 +69,7 @@ def to_safetensors(
                 "changed while it was read", where=changed[0], fix="run again; nothing was written"
             )
         progress.stage("publish")
-        stage.publish(manifest(program, "model", proof=proved))
+        stage.publish(manifest(program, "model", proof=proved, **(remarks or {})))
     return Artifact.open(target)
 
 
@@ -79,7 +82,7 @@ def write_model(
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
     kept = {name: path.read_bytes() for name, path in program.source.companions().items()}
-    for name, content in {**kept, **program.source.edited()}.items():
+    for name, content in {**kept, **edited(program)}.items():
         stage.add(folder + name, content)
     return link(program, stage, folder, workers=workers, watch=watcher(program), progress=progress)
 

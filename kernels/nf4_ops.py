@@ -27,7 +27,10 @@ _SCHEMAS = {
     "nf4_absmax": "(Tensor weight, int block_size) -> Tensor",
     "nf4_nest_codes": "(Tensor absmax) -> Tensor",
     "nf4_nest_absmax": "(Tensor absmax) -> Tensor",
-    "nf4_dequantize": f"({_STATE}, SymInt[] shape, {_FORMAT}) -> Tensor",
+    "nf4_unnest": "(Tensor absmax, Tensor outer, Tensor offset) -> Tensor",
+    "nf4_map": "(str name) -> Tensor",
+    "nf4_state": "(Tensor offset, str text, int size) -> Tensor",
+    "nf4_dequantize": f"(Tensor codes, Tensor absmax, SymInt[] shape, {_FORMAT}) -> Tensor",
     "nf4_linear": f"(Tensor x, {_STATE}, Tensor? bias, SymInt out_features, {_FORMAT}) -> Tensor",
     "nf4_linear_backward": f"(Tensor grad, {_STATE}, SymInt in_features, {_FORMAT}) -> Tensor",
     "nf4_lora": (
@@ -60,6 +63,17 @@ def _nest_absmax(absmax: Tensor) -> Tensor:
     return nf4.nest(absmax)[1]
 
 
+def _map(name: str) -> Tensor:
+    """The values of a codebook's codes, or of the `dynamic` 8-bit ones."""
+    return nf4.dynamic_map() if name == "dynamic" else nf4.codebook(name)
+
+
+def _state(offset: Tensor, text: str, size: int) -> Tensor:
+    """A quant state's JSON bytes with the offset in it, filled up with spaces."""
+    content = text.replace("OFFSET", repr(offset.item())).encode()
+    return torch.tensor(list(content.ljust(size)), dtype=torch.uint8)
+
+
 def scales(absmax: Tensor, outer: Tensor | None, offset: Tensor | None) -> Tensor:
     """The absmax in fp32, whichever way it is stored."""
     if outer is None:
@@ -73,16 +87,13 @@ def scales(absmax: Tensor, outer: Tensor | None, offset: Tensor | None) -> Tenso
 def _dequantize(
     codes: Tensor,
     absmax: Tensor,
-    outer: Tensor | None,
-    offset: Tensor | None,
     shape: Sequence[int],
     block_size: int,
     codebook: nf4.Codebook,
 ) -> Tensor:
-    absmax = scales(absmax, outer, offset)
     if codes.device.type == "cpu" and nf4_native.available():
         result = torch.empty(shape)
-        nf4_native.decode(codes, absmax, 0, result, block_size, codebook)
+        nf4_native.decode(codes, absmax.float(), 0, result, block_size, codebook)
         return result
     return nf4.dequantize(codes, absmax, shape, block_size, codebook)
 
@@ -104,9 +115,7 @@ class _Tiles:
         start, end = low * self.columns, high * self.columns
         if self.codes.device.type == "cpu" and nf4_native.available():
             tile = nf4_native.scratch(end - start)
-            nf4_native.decode(
-                self.codes, self.absmax, start, tile, self.block_size, self.codebook
-            )
+            nf4_native.decode(self.codes, self.absmax, start, tile, self.block_size, self.codebook)
             return tile.view(high - low, self.columns)
         codes = self.codes.reshape(-1)[start // 2 : -(-end // 2)]
         absmax = self.absmax[start // self.block_size : nf4.blocks(end, self.block_size)]
@@ -132,6 +141,7 @@ def _linear(
         x.device.type == "cpu"
         and rows.shape[0] <= nf4_native.FEW_ROWS
         and columns % block_size == 0
+        and block_size in nf4.BLOCK_SIZES
         and nf4_native.available()
     ):
         y = nf4_native.multiply(rows, codes, absmax, out_features, block_size, codebook)
@@ -193,6 +203,9 @@ _KERNELS = {
     "nf4_absmax": _absmax,
     "nf4_nest_codes": _nest_codes,
     "nf4_nest_absmax": _nest_absmax,
+    "nf4_unnest": scales,
+    "nf4_map": _map,
+    "nf4_state": _state,
     "nf4_dequantize": _dequantize,
     "nf4_linear": _linear,
     "nf4_linear_backward": _linear_backward,
@@ -215,12 +228,10 @@ _FAKES: dict[str, Any] = {
     "nf4_codes": _fake_codes,
     "nf4_absmax": _fake_absmax,
     "nf4_nest_codes": lambda absmax: absmax.new_empty(absmax.shape, dtype=torch.uint8),
-    "nf4_nest_absmax": lambda absmax: absmax.new_empty(
-        -(-absmax.numel() // nf4.NESTED_BLOCK_SIZE)
-    ),
-    "nf4_dequantize": lambda codes, absmax, outer, offset, shape, *_: codes.new_empty(
-        shape, dtype=torch.float32
-    ),
+    "nf4_nest_absmax": lambda absmax: absmax.new_empty(-(-absmax.numel() // nf4.NESTED_BLOCK_SIZE)),
+    "nf4_unnest": lambda absmax, outer, offset: outer.new_empty(absmax.shape),
+    "nf4_state": lambda offset, text, size: offset.new_empty(size, dtype=torch.uint8),
+    "nf4_dequantize": lambda codes, absmax, shape, *_: codes.new_empty(shape, dtype=torch.float32),
     "nf4_linear": lambda x, codes, absmax, outer, offset, bias, out_features, *_: x.new_empty(
         *x.shape[:-1], out_features
     ),
@@ -281,3 +292,23 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "peftc::nf4_lora", _lora_gradients, setup_context=_save_lora, lib=_library
 )
+
+
+def _on_cuda(name: str, kernel: Any) -> Any:
+    """The Triton kernel of a name, imported when it first runs; torch's without Triton."""
+
+    def run(*args: Any) -> Tensor:
+        try:
+            from peftc.kernels import nf4_triton
+        except ImportError:
+            result: Tensor = kernel(*args)
+        else:
+            with torch.cuda.device(args[1].device):
+                result = getattr(nf4_triton, name)(*args)
+        return result
+
+    return run
+
+
+for _name in ("dequantize", "linear", "linear_backward", "lora"):
+    _library.impl(f"nf4_{_name}", _on_cuda(_name, _KERNELS[f"nf4_{_name}"]), "CUDA")

@@ -12,7 +12,8 @@ import torch
 from peftc.checkpoint import contained, digest_bytes, read_json
 from peftc.constants import Leaf
 from peftc.errors import AdapterError, PeftcError
-from peftc.evaluate import chunks, read
+from peftc.evaluate import chunks
+from peftc.reading import read
 from peftc.safetensors_file import SafetensorsFile, read_header
 
 CONFIG = "adapter_config.json"

@@ -22,13 +22,15 @@ from peftc.exporters.to_safetensors import (
     write_model,
 )
 from peftc.link import plan
+from peftc.merging import MergeBase, Then
+from peftc.merging import merge as merge_adapters
 from peftc.passes.attach import Attach
-from peftc.passes.merge import Merge
 from peftc.pipeline import Pipeline
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watch_file, whole_proof
 from peftc.recipe import build
+from peftc.storage import edited
 from peftc.structure import peft_edits
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -60,6 +62,16 @@ def load(source: str | Path, progress: Progress = SILENT) -> Program:
             )
         return Pipeline([Attach(path=str(path))]).run(capture(base), progress)
     return capture(source)
+
+
+def original_of(source: str | Path) -> Path | None:
+    """The checkpoint that a quantized one was made from, where peftc made it and it is there."""
+    path = resolve(source)
+    if not (path / MANIFEST).is_file():
+        return None
+    origin = Artifact.open(path).manifest["source"].get("path")
+    quantizes = origin and (Path(origin) / "config.json").is_file()
+    return Path(origin) if quantizes else None
 
 
 def _load_applied(artifact: Artifact, progress: Progress) -> Program:
@@ -98,7 +110,7 @@ def apply(
     """
     target = Path(target)
     program = Pipeline(passes).run(load(base, progress), progress)
-    trained, edits = program.trainable, program.source.edited()
+    trained, edits = program.trainable, edited(program)
     rewritten = program.rewritten
     names = list(program.adapters)
     # A structure that PEFT makes itself needs no base of its own.
@@ -201,6 +213,10 @@ def export(
     *,
     merge: bool = False,
     adapters: Sequence[tuple[str, float]] = (),
+    merge_base: MergeBase | None = None,
+    then: Then | None = None,
+    original: str | Path | None = None,
+    force: bool = False,
     format: Literal["safetensors", "peft"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
@@ -216,6 +232,10 @@ def export(
         target: A directory that does not exist.
         merge: Merge every adapter into the weights.
         adapters: Further PEFT adapters to attach, each with its weight.
+        merge_base: What to merge into where the base is in 4 bits; see `peftc.merging.merge`.
+        then: What to make of it then: 4 bits again, or 16.
+        original: Where the base's weights are as they were before they were quantized.
+        force: Write 4 bits even where most of what was trained is lost.
         format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
@@ -228,7 +248,7 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
-    program = load(source, progress)
+    program, report = load(source, progress), None
     steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
     program = Pipeline(build(steps, "--adapter")).run(program, progress)
     if merge:
@@ -236,7 +256,8 @@ def export(
             raise ArtifactError(
                 "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
             )
-        program = Pipeline([Merge()]).run(program, progress)
+        known = original or original_of(source)
+        program, report = merge_adapters(program, merge_base, then, known, force, progress)
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     return to_safetensors(
@@ -246,4 +267,5 @@ def export(
         proof=proof,
         workers=workers,
         progress=progress,
+        remarks={"merge": report} if report else {},
     )

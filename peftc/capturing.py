@@ -14,12 +14,20 @@ from torch import nn
 
 from peftc import graphs
 from peftc.checkpoint import Checkpoint, resolve
-from peftc.constants import Constant, Held, Leaf, derive
+from peftc.constants import Constant, Held, Leaf, Packed, derive
 from peftc.conversion import arrange
 from peftc.errors import CaptureError
+from peftc.evaluate import value
+from peftc.four_bit import parts_of, turned, unpacked
 from peftc.graphs import Builder, aten
 from peftc.kinds import restore
-from peftc.outline import Outline, architecture, checkpoint_outline, outline_of
+from peftc.outline import (
+    Outline,
+    architecture,
+    checkpoint_outline,
+    config_of,
+    outline_of,
+)
 from peftc.program import OutputFile, Part, Program
 from peftc.roles import Roles, trace
 from peftc.sites import Site, template, tensor_name
@@ -55,17 +63,46 @@ class CheckpointSource:
     def architectures(self) -> tuple[str, ...]:
         return tuple(map(str, self.checkpoint.config.get("architectures") or ()))
 
+    def constants(self) -> dict[str, Constant]:
+        """What is stored, by its names in the output; a quantized weight is one constant."""
+        return unpacked({key: Leaf(ref) for key, ref in self.checkpoint.tensors.items()})
+
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
-        """Loads the model with transformers, in eval mode."""
-        cls = architecture(self.checkpoint)
-        model: nn.Module = cls.from_pretrained(
-            self.checkpoint.path, dtype=dtype or "auto", local_files_only=True
+        """Loads the model with transformers, in eval mode; quantized weights are left out."""
+        if not parts_of(self.checkpoint.tensors):
+            cls: Any = architecture(self.checkpoint)
+            model: nn.Module = cls.from_pretrained(
+                self.checkpoint.path, dtype=dtype or "auto", local_files_only=True
+            )
+            return model.eval()
+        return self.build(self.constants(), dtype)
+
+    def build(self, stored: Mapping[str, Constant], dtype: torch.dtype | None) -> nn.Module:
+        """What transformers makes of stored tensors, which need not be written for it."""
+        from transformers import GenerationConfig
+
+        config = config_of(self.checkpoint)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        state = {key: _placed(constant) for key, constant in stored.items()}
+        model: Any = architecture(self.checkpoint).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype or "auto"
         )
-        return model.eval()
+        if (self.checkpoint.path / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self.checkpoint.path)
+        module: nn.Module = model.eval()
+        return module
 
     def layout(self) -> list[OutputFile]:
+        groups = parts_of(self.checkpoint.tensors)
+        parts = {name for names in groups.values() for name in names}
         return [
-            OutputFile(file.path.name, tuple(file.tensors), file.metadata, file)
+            OutputFile(
+                file.path.name,
+                tuple(name for name in file.tensors if name not in parts),
+                file.metadata,
+                file,
+            )
             for file in self.checkpoint.files
         ]
 
@@ -125,10 +162,36 @@ def _traced(module: nn.Module) -> Roles | None:
     return _roles[module]
 
 
+def _placed(constant: Constant) -> torch.Tensor:
+    """A tensor to build a model of; for a quantized weight one that takes no memory."""
+    if isinstance(constant, Packed):
+        return torch.zeros((), dtype=constant.spec.dtype).expand(constant.spec.shape)
+    return value(constant)
+
+
 def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
-    """Captures an opened checkpoint by its outline; its tensors become leaves."""
+    """Captures an opened checkpoint by its outline; its tensors become leaves.
+
+    Raises:
+        CaptureError: It is quantized in a way that peftc does not read.
+    """
+    _check_quantization(checkpoint)
     source = CheckpointSource(checkpoint, name, checkpoint_outline(checkpoint))
-    return assemble(source, {key: Leaf(ref) for key, ref in checkpoint.tensors.items()})
+    return assemble(source, source.constants())
+
+
+def _check_quantization(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config.get("quantization_config")
+    if not isinstance(config, dict):
+        return
+    method = config.get("quant_method", "bitsandbytes")
+    if method == "bitsandbytes" and not config.get("load_in_8bit"):
+        return
+    raise CaptureError(
+        f"is quantized by {method}, and peftc reads 4-bit weights of bitsandbytes only",
+        where=str(checkpoint.path / "config.json"),
+        fix="start from the original, or save it dequantized: model.dequantize() in transformers",
+    )
 
 
 def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Program:
@@ -161,6 +224,10 @@ def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Progr
     for fqn, matrices in found.fused.items():
         stacked = parts[matrices[0][0]].index is not None
         constants[fqn] = _fused([[tensors[key] for key in keys] for keys in matrices], stacked)
+    for fqn, found_site in outline.sites.items():
+        weight = constants.get(f"{fqn}.weight")
+        if isinstance(weight, Packed) and restore(found_site.kind).transposed:
+            constants[f"{fqn}.weight"] = turned(weight)
     wrong = [
         f"{fqn}: {list(constants[fqn].spec.shape)} instead of {list(shape)}"
         for fqn, shape in outline.tensors.items()

@@ -105,6 +105,20 @@ def _apply(
     "--adapter", "given", multiple=True, metavar="DIR[=WEIGHT]", help="Attach a PEFT adapter too."
 )
 @click.option(
+    "--merge-base",
+    type=click.Choice(["dequantized", "original"]),
+    help="Of a 4-bit base: merge into the values trained on, or into those before quantizing.",
+)
+@click.option(
+    "--then",
+    type=click.Choice(["none", "nf4"]),
+    help="Of a 4-bit base: write the merged weights plain, or in 4 bits again.",
+)
+@click.option(
+    "--original", type=click.Path(path_type=Path), help="Where a 4-bit base's original weights are."
+)
+@click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
+@click.option(
     "--format", "form", type=click.Choice(["safetensors", "peft"]), default="safetensors",
     show_default=True, help="What to write.",
 )  # fmt: skip
@@ -129,6 +143,10 @@ def export(
     overwrite: bool,
     merge: bool,
     given: tuple[str, ...],
+    merge_base: Any,
+    then: Any,
+    original: Path | None,
+    force: bool,
     form: Any,
     canonical: bool,
     rank: int | None,
@@ -147,6 +165,8 @@ def export(
     """  # noqa: D301
     if canonical and form != "peft":
         raise click.UsageError("--canonical makes a LoRA: add --format peft.")
+    if (merge_base or then or original) and not merge:
+        raise click.UsageError("--merge-base, --then and --original need --merge.")
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
@@ -154,9 +174,11 @@ def export(
 
     with terminal.progress() as progress:
         artifact = run(
-            src, target, merge=merge, adapters=chosen, format=form, canonical=canonical, rank=rank,
+            src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
+            original=original, force=force, format=form, canonical=canonical, rank=rank,
             proof=proof, overwrite=overwrite, workers=workers, progress=progress,
         )  # fmt: skip
+    _say_merge(terminal, artifact.manifest.get("merge"))
     _say_proof(terminal, artifact.manifest.get("proof", {}))
     _say_canonical(terminal, artifact.manifest.get("canonical"))
     terminal.wrote(target)
@@ -288,6 +310,28 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{whole['relative_error']:.1e} (bound {whole['bound']:.0e}), KL {whole['kl']:.1e}, "
             f"top-1 agreement {whole['top1_agreement']:.0%}"
         )
+
+
+def _say_merge(terminal: Terminal, report: Mapping[str, Any] | None) -> None:
+    """How a merge into a 4-bit base was done, and what is left of the update."""
+    if report is None:
+        return
+    onto = {
+        "dequantized": "the dequantized weights, on which it was trained",
+        "original": "the original weights, from before they were quantized",
+    }[report["base"]]
+    terminal.say(f"[green]✓[/] merged into {onto}")
+    if report["base"] == "dequantized" and report["original"]:
+        terminal.say(
+            f"  the original ones are there too: --merge-base original ({report['original']})"
+        )
+    sites = report["sites"].items()
+    least, figures = min(sites, key=lambda item: item[1]["share"], default=("", report))
+    mark = "[green]✓[/]" if report["share"] >= 0.9 else "[yellow]![/]"
+    terminal.say(
+        f"{mark} {report['share']:.1%} of the update is left (least: {figures['share']:.1%} at "
+        f"{least}); output error against what was trained {report['output_error']:.1e}"
+    )
 
 
 def _say_canonical(terminal: Terminal, report: Mapping[str, Any] | None) -> None:

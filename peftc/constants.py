@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -141,6 +141,24 @@ class Derived:
     def key(self) -> str:
         inputs = " ".join(f"{name}=({self.inputs[name].key})" for name in sorted(self.inputs))
         return f"derived {graphs.text(self.graph)} {self.spec} {inputs}"
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(Derived):
+    """A derived constant that is stored as the parts it is made of, such as a quantized weight.
+
+    Attributes:
+        parts: What is stored, by what is added to its name.
+        format: How, as its format's module describes it.
+    """
+
+    parts: Mapping[str, Constant]
+    format: Any
+
+    @cached_property
+    def key(self) -> str:
+        parts = " ".join(f"{suffix}=({part.key})" for suffix, part in self.parts.items())
+        return f"packed {graphs.text(self.graph)} {self.spec} {parts}"
 
 
 Constant = Leaf | Held | Initial | Derived

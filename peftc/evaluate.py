@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from peftc import graphs, ops  # noqa: F401  # registers the peftc:: operators
+from peftc import flat, graphs, ops  # noqa: F401  # registers the peftc:: operators
 from peftc.constants import Constant, Derived, Held, Initial, Leaf, widened
-from peftc.errors import CheckpointError
 from peftc.graphs import Spec, aten
-from peftc.safetensors_file import TensorRef
+from peftc.reading import read, recent, wide
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: in the caches still, and few calls from Python
 _POINTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
@@ -63,16 +59,19 @@ def keep_freed_memory() -> None:
             mallopt(option, 256 << 20)
 
 
-def chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
+def chunks(
+    shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS, unit: int = 1
+) -> list[tuple[int, int]]:
     """Ranges of rows that hold about `elements` elements each.
 
     All but the last are of a multiple of 16 rows, and none of a larger matrix is smaller: matrix
-    products of very few rows take another path in BLAS, whose sums round differently.
+    products of very few rows take another path in BLAS, whose sums round differently. They are of a
+    multiple of `unit` rows too.
     """
     if not shape or not shape[0]:
         return [] if shape else [(0, 1)]
     width = max(1, math.prod(shape[1:]))
-    least = 16 if len(shape) < 3 else 1
+    least = math.lcm(16 if len(shape) < 3 else 1, unit)
     step = max(least, elements // width // least * least)
     starts = list(range(0, shape[0], step))
     if len(starts) > 1 and shape[0] - starts[-1] < least:
@@ -89,21 +88,6 @@ def value(constant: Constant) -> torch.Tensor:
     if isinstance(constant, Initial):
         return constant.sample().to(constant.spec.dtype)
     return Evaluation(constant.graph, constant.inputs).whole().to(constant.spec.dtype)
-
-
-def read(leaf: Leaf, low: int = 0, high: int | None = None) -> torch.Tensor:
-    """Rows low to high of a leaf, in its own dtype."""
-    shape, ref = leaf.spec.shape, leaf.ref
-    if not shape:
-        return _read_bytes(ref.file, ref.start, ref.nbytes).view(leaf.spec.dtype).reshape(())
-    high = shape[0] if high is None else high
-    row = ref.nbytes // max(1, shape[0])
-    raw = _read_bytes(ref.file, ref.start + low * row, (high - low) * row)
-    return raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class Evaluation:
@@ -134,6 +118,10 @@ class Evaluation:
         """How many rows (or, with an input, features) the output has."""
         return self.plan.size
 
+    def spans(self) -> list[tuple[int, int]]:
+        """Ranges of rows by which the output is best had."""
+        return self._spans(graphs.output(self.graph))
+
     def whole(self) -> torch.Tensor:
         """The whole output, fp32."""
         return self._value(graphs.output(self.graph))
@@ -156,6 +144,8 @@ class Evaluation:
             result = self._constant(str(node.target), (low, high))
         elif node in self.plan.products:
             result = self._product(node, done, low, high)
+        elif str(node.target) in flat.RULES:
+            result = self._flat(node, low, high)
         elif node.target is aten.index_copy.default:
             result = self._patched(node, done, low, high)
         elif node.target is aten.cat.default:
@@ -184,6 +174,39 @@ class Evaluation:
         spare = onto if self._is_spare(node, base) else None
         rows = self._slice(b, done, low, high)
         return torch.addmm(onto, rows, self._value(a), alpha=scale, out=spare)
+
+    def _flat(self, node: fx.Node, low: int, high: int) -> torch.Tensor:
+        """Rows of a result that is made of its operand's elements, whatever their rows."""
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        args = tuple(partial(self._elements, a) if isinstance(a, fx.Node) else a for a in node.args)
+        named = operand.op == "get_attr"
+        identity = self.constants[str(operand.target)] if named else (self, operand)
+        shape, result = (self.plan.specs[n].shape for n in (operand, node))
+        return flat.RULES[str(node.target)](flat.Piece(args, shape, result, identity, low, high))
+
+    def _elements(self, node: fx.Node, start: int, end: int) -> torch.Tensor:
+        """Elements of a tensor that is seen flat."""
+        width = math.prod(self.plan.specs[node].shape[1:])
+        first = start // width
+        rows = self._slice(node, {}, first, -(-end // width)).reshape(-1)
+        return rows[start - first * width : end - first * width]
+
+    def _spans(self, node: fx.Node) -> list[tuple[int, int]]:
+        shape = self.plan.specs[node].shape
+        operands = [self.plan.specs[n] for n in node.all_input_nodes[:1]]
+        if node.op == "get_attr":
+            constant = self.constants[str(node.target)]
+            if isinstance(constant, Derived):
+                return self._inner(str(node.target), constant).spans()
+        unit = flat.unit(str(node.target), node.args, operands[0]) if operands else None
+        if unit is None:
+            return chunks(shape)
+        per, least = unit
+        ranges = chunks(operands[0].shape, unit=least)
+        width = math.prod(operands[0].shape[1:])
+        ends = [-(-high * width // per) for _, high in ranges]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def _patched(
         self, node: fx.Node, done: dict[fx.Node, torch.Tensor], low: int, high: int
@@ -228,6 +251,9 @@ class Evaluation:
                 self._whole[node] = self._gather(node)
             elif _is_mean(node) and node not in self.plan.activations:
                 self._whole[node] = self._mean(node)
+            elif str(node.target) in flat.RULES:
+                pieces = [self._flat(node, *span) for span in self._spans(node)]
+                self._whole[node] = torch.cat(pieces)
             else:
                 self._whole[node] = self._call(node, [self._argument(a) for a in _operands(node)])
         return self._whole[node]
@@ -282,17 +308,21 @@ class Evaluation:
             and self.plan.specs[argument].shape == self.plan.specs[node].shape
         )
 
+    def _inner(self, name: str, constant: Derived) -> Evaluation:
+        """The evaluation of a constant that is derived."""
+        if name not in self._nested:
+            self._nested[name] = Evaluation(constant.graph, constant.inputs)
+        return self._nested[name]
+
     def _constant(self, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
         constant = self.constants[name]
         if isinstance(constant, Leaf):
-            return _wide(read(constant)) if rows is None else _recent(constant, *rows)
+            return wide(read(constant)) if rows is None else recent(constant, *rows)
         if isinstance(constant, Derived):
-            if name not in self._nested:
-                self._nested[name] = Evaluation(constant.graph, constant.inputs)
-            inner = self._nested[name]
+            inner = self._inner(name, constant)
             return inner.whole() if rows is None else inner.rows(*rows)
         tensor = constant.sample() if isinstance(constant, Initial) else constant.tensor.detach()
-        return _wide(tensor if rows is None or not tensor.dim() else tensor[rows[0] : rows[1]])
+        return wide(tensor if rows is None or not tensor.dim() else tensor[rows[0] : rows[1]])
 
 
 class _Plan:
@@ -356,6 +386,8 @@ class _Plan:
     def _rule(self, node: fx.Node) -> frozenset[int] | None:
         if node.op == "get_attr":
             return frozenset()
+        if str(node.target) in flat.RULES:
+            return frozenset({0, 1})
         if _is_nothing(node):
             return frozenset({0})
         if node.target is aten.index_copy.default and node.args[1] == 0:
@@ -437,58 +469,3 @@ def _plan(
 @lru_cache(maxsize=4096)
 def _names(graph: fx.Graph) -> tuple[str, ...]:
     return tuple(graphs.constant_names(graph))
-
-
-class _Recent(threading.local):
-    """The pieces of leaves that a thread read last; what is written is so proved at no second read.
-
-    They may be shared because evaluation writes only into results of its own.
-    """
-
-    KEPT = 4
-
-    def __init__(self) -> None:
-        self.pieces: dict[tuple[TensorRef, int, int, int], torch.Tensor] = {}
-
-    def __call__(self, leaf: Leaf, low: int, high: int) -> torch.Tensor:
-        key = leaf.ref, low, high, leaf.ref.file.stat().st_mtime_ns
-        if key not in self.pieces:
-            if len(self.pieces) >= self.KEPT:
-                del self.pieces[next(iter(self.pieces))]
-            self.pieces[key] = _wide(read(leaf, low, high))
-        return self.pieces[key]
-
-
-_recent = _Recent()
-
-
-class _OpenFile:
-    """A file descriptor that closes with its last user."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
-@lru_cache(maxsize=64)
-def _open(path: Path, inode: int, size: int) -> _OpenFile:
-    return _OpenFile(path)
-
-
-def _read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
-    raw = torch.empty(count, dtype=torch.uint8)
-    view = raw.numpy().data
-    info = path.stat()
-    file = _open(path, info.st_ino, info.st_size)
-    done = 0
-    while done < count:
-        got = os.preadv(file.fd, [view[done:]], start + done)
-        if not got:
-            raise CheckpointError(
-                "was truncated while it was read", where=str(path), fix="restore it, and run again"
-            )
-        done += got
-    return raw

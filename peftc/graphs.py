@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from peftc.errors import PassError
 
 aten = torch.ops.aten
 
+# Who registers the operators whose names begin so, as strings: core imports no kernels.
+_PROVIDERS = {"nf4_": "peftc.kernels.nf4_ops"}
 _interned: dict[str, fx.Graph] = {}
 _texts: dict[fx.Graph, str] = {}
 
@@ -223,11 +227,22 @@ def restore(rows: Iterable[Any]) -> fx.Graph:
     for op, name, label, args in rows:
         target: Any = name
         if op == "call_function":
-            target = torch.ops
-            for part in name.split("."):
-                target = getattr(target, part)
+            target = operator(name)
         env[label] = graph.create_node(op, target, tuple(resolve(args)), name=label)
     return intern(graph)
+
+
+@cache
+def operator(name: str) -> Any:
+    """An overload by its name, such as `aten.mm.default`; a kernel's module is imported for it."""
+    found = torch.ops
+    namespace, packet, overload = name.split(".")
+    for prefix, module in _PROVIDERS.items():
+        if namespace == "peftc" and packet.startswith(prefix):
+            import_module(module)
+    for part in (namespace, packet, overload):
+        found = getattr(found, part)
+    return found
 
 
 def propagate(
@@ -249,7 +264,7 @@ def propagate(
             specs[node] = specs[node.args[0]]
         elif node.op != "output":
             args = tree_map_only(fx.Node, specs.__getitem__, node.args)
-            rule = _RULES.get(node.target)
+            rule = _RULES.get(node.target) or _NAMED_RULES.get(str(node.target))
             specs[node] = (rule(*args) if rule else None) or _by_meta(node.target, args)
     return specs
 
@@ -299,4 +314,20 @@ _RULES: dict[Any, Callable[..., Spec | None]] = {
     aten.sub.Tensor: _pointwise_spec,
     aten.mul.Tensor: _pointwise_spec,
     aten.type_as.default: lambda a, b: Spec(a.shape, b.dtype),
+}
+# Of operators that kernels register, by name.
+_NAMED_RULES: dict[str, Callable[..., Spec | None]] = {
+    "peftc.nf4_codes.default": lambda w, *_: Spec((-(-math.prod(w.shape) // 2), 1), torch.uint8),
+    "peftc.nf4_absmax.default": lambda w, size: Spec(
+        (-(-math.prod(w.shape) // size),), torch.float32
+    ),
+    "peftc.nf4_nest_codes.default": lambda a: Spec(a.shape, torch.uint8),
+    "peftc.nf4_nest_absmax.default": lambda a: Spec((-(-a.shape[0] // 256),), torch.float32),
+    "peftc.nf4_unnest.default": lambda a, *_: Spec(a.shape, torch.float32),
+    "peftc.nf4_map.default": lambda name: Spec((256 if name == "dynamic" else 16,), torch.float32),
+    "peftc.nf4_state.default": lambda _, text, size: Spec((size,), torch.uint8),
+    "peftc.nf4_dequantize.default": lambda c, a, shape, *_: Spec(tuple(shape), torch.float32),
+    "peftc.nf4_linear.default": lambda x, *args: Spec((*x.shape[:-1], args[5]), x.dtype),
+    "peftc.nf4_lora.default": lambda x, *args: Spec((*x.shape[:-1], args[6].shape[0]), x.dtype),
+    "aten.mean.default": lambda a: Spec((), a.dtype),
 }

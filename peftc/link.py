@@ -29,12 +29,13 @@ from peftc.evaluate import (
     Evaluation,
     chunks,
     keep_freed_memory,
-    read,
     single_threaded,
     value,
 )
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
+from peftc.reading import read
+from peftc.storage import contents
 
 UNIT_BYTES = 32 << 20
 _COPY_BYTES = 1 << 20
@@ -237,7 +238,7 @@ def _order(outputs: list[_Output], workers: int) -> Iterator[tuple[_Output, int]
 
 
 def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
-    tensors = [(key, program.written(key)) for key in file.tensors]
+    tensors = contents(program, file)
     table: dict[str, Any] = {}
     position = 0
     for key, constant in tensors:
@@ -318,13 +319,12 @@ def _length(constant: Constant) -> int:
 
 def _pieces(constant: Constant) -> Iterator[tuple[int, int, torch.Tensor]]:
     """A constant's rows in its own dtype, rounded once, a few at a time."""
-    spans = chunks(constant.spec.shape)
     if isinstance(constant, Derived):
         evaluation = Evaluation(constant.graph, constant.inputs)
-        for low, high in spans:
+        for low, high in evaluation.spans():
             yield low, high, evaluation.rows(low, high).to(constant.spec.dtype)
     elif isinstance(constant, Leaf):
-        for low, high in spans:
+        for low, high in chunks(constant.spec.shape):
             yield low, high, read(constant, low, high)
     else:
         yield 0, _length(constant), value(constant)

@@ -15,9 +15,10 @@ import torch
 from torch import fx, nn
 
 from peftc import graphs
-from peftc.constants import Constant, Held, cast
+from peftc.constants import Constant, Held, Packed, cast
 from peftc.errors import PassError, PeftcError, raise_all
 from peftc.evaluate import value
+from peftc.fusing import opened
 from peftc.graphs import Spec, aten
 from peftc.kinds import EmbeddingKind, ExpertsKind, Kind
 from peftc.ops import grouped_linear
@@ -41,15 +42,31 @@ SHOWN = 5  # how many of many alike errors are spelled out
 
 
 class LiveSite(nn.Module):
-    """A site as a module; its subclasses' forward is generated from `graph`."""
+    """A site as a module; its subclasses' forward is generated from `graph`.
+
+    Attributes:
+        graph: What it computes.
+        exact: Buffers that no cast reaches: the codes and absmax of a quantized weight.
+    """
 
     graph: fx.Graph
+    exact: tuple[str, ...] = ()
     in_features: int
     out_features: int
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: item for name, item in self.__dict__.items() if name != "graph"}
         return _rebuild, (graphs.dump(self.graph),), state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LiveSite:
+        """As for any module, but that what a quantized weight is stored as keeps its dtype."""
+        before = {name: self._buffers[name] for name in self.exact}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
     def extra_repr(self) -> str:
         names = [name for name, _ in self.named_parameters() if name not in ("weight", "bias")]
@@ -75,12 +92,13 @@ def materialize(
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     with torch.no_grad():
         for fqn in program.constants:
-            if fqn in tensors and program.touched(fqn):
+            packed = isinstance(program.constants[fqn], Packed)
+            if fqn in tensors and program.touched(fqn) and not packed:
                 tensors[fqn].copy_(value(program.constants[fqn]))
     live = _Live(program, device)
     experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
-        if site.is_plain:
+        if site.is_plain and not isinstance(program.constants[site.name("weight")], Packed):
             continue
         if isinstance(site.kind, ExpertsKind):
             experts.setdefault(site.fqn.rpartition(".")[0], []).append(site)
@@ -144,6 +162,7 @@ class _Live:
         """The module of one rewritten site; the base's own parameters stay the same objects."""
         state = nn.Module()
         graph = self.state(site, old, state)
+        exact = tuple(name for name, b in state._buffers.items() if name.startswith("weight"))
         if "bias" not in state._parameters:
             state.register_parameter("bias", None)
         live = _blank(graph)
@@ -151,6 +170,7 @@ class _Live:
         live.__dict__.update(plain)
         live.__dict__.update({k: v for k, v in state.__dict__.items() if k != "training"})
         live.in_features, live.out_features = site.in_features, site.out_features
+        live.exact = exact
         return live.train(old.training)
 
     def experts(self, sites: Sequence[Site], old: nn.Module) -> nn.Module:
@@ -165,8 +185,16 @@ class _Live:
         """Places a site's tensors and dropouts in a module; returns the graph over them."""
         owner = site.name("weight").rpartition(".")[0]
         weight = old.get_parameter(site.name("weight").removeprefix(f"{owner}."))
+        opened_graph, stored = opened(
+            site, self.program.bindings(site), site.fqn in self.program.fused
+        )
         specs = {}
-        for local in graphs.constant_names(site.graph):
+        for local in graphs.constant_names(opened_graph):
+            if local in stored:
+                part = value(stored[local]).to(self.device)
+                state.register_buffer(local, part)
+                specs[local] = Spec(tuple(part.shape), part.dtype)
+                continue
             fqn = site.name(local)
             path = fqn.removeprefix(f"{owner}.")
             tensor = getattr(old, path, None) if "." not in path else None
@@ -177,7 +205,7 @@ class _Live:
             specs[local] = Spec(tuple(tensor.shape), tensor.dtype)
         for local, p in site.dropouts.items():
             _place(state, site.name(local).removeprefix(f"{owner}."), nn.Dropout(p))
-        graph = _rounded(site.graph, site.kind, weight.dtype)
+        graph = _rounded(opened_graph, site.kind, weight.dtype)
         return _slim(graph, specs, site.kind.specs(site.shape, weight.dtype))
 
     def _tensor(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:

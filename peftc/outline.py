@@ -28,7 +28,7 @@ from peftc.tracing import trace_linear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 4  # of a cached outline
+FORMAT = 5  # of a cached outline
 
 
 class SiteOutline(BaseModel):
@@ -59,6 +59,7 @@ class Outline(BaseModel):
         head: The name of the output head.
         conversions: How transformers renames and fuses what is stored.
         roles: Which modules a forward pass calls and what for, where that can be found out.
+        wide: Parts of names whose modules transformers keeps in fp32, and so never quantizes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +72,7 @@ class Outline(BaseModel):
     head: str | None
     conversions: tuple[Conversion, ...] = ()
     roles: Roles | None = None
+    wide: tuple[str, ...] = ()
 
 
 def outline_of(module: nn.Module) -> Outline:
@@ -128,7 +130,11 @@ def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
     except (OSError, ValidationError):
         model = _skeleton(checkpoint)
         outline = outline_of(model)
-        more = {"conversions": tuple(conversions_of(model)), "roles": trace(model)}
+        more = {
+            "conversions": tuple(conversions_of(model)),
+            "roles": trace(model),
+            "wide": tuple(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        }
         outline = outline.model_copy(update=more)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

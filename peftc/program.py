@@ -159,6 +159,7 @@ class Program:
         head: The name of the output head, which `all-linear` leaves alone.
         adapters: What methods added, by name.
         unfolded: For each folded site, what it was.
+        fused: The sites whose LoRA is to be computed with their quantized weight by one operator.
         journal: What was done.
     """
 
@@ -173,6 +174,7 @@ class Program:
     head: str | None = None
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     unfolded: Mapping[str, Unfolded] = field(default_factory=dict)
+    fused: frozenset[str] = frozenset()
     journal: tuple[Entry, ...] = ()
 
     def bindings(self, site: Site) -> dict[str, Constant]:
@@ -356,6 +358,7 @@ class Program:
             digest.update(f"{fqn}\n{graphs.text(site.graph)}\n{dict(site.dropouts)}\n".encode())
         for fqn in sorted(self.constants):
             digest.update(f"{fqn} {self.constants[fqn].key}\n".encode())
+        digest.update(repr(sorted(self.fused)).encode())
         digest.update(
             repr(sorted((a.name, sorted(a.tensors)) for a in self.adapters.values())).encode()
         )

@@ -17,15 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftc.capturing import CheckpointSource
+from peftc.capturing import CheckpointSource, capture
 from peftc.checkpoint import Checkpoint
-from peftc.constants import Leaf
+from peftc.constants import Leaf, Packed
 from peftc.errors import ProofError
-from peftc.evaluate import chunks, read
+from peftc.evaluate import chunks, value
+from peftc.four_bit import parts_of
 from peftc.link import Watcher
 from peftc.live import materialize
 from peftc.outline import architecture
 from peftc.program import Program
+from peftc.reading import read
 from peftc.roles import example_inputs
 from peftc.witness import witness
 
@@ -44,18 +46,53 @@ def watcher(program: Program) -> Callable[[str], Watcher | None]:
     """What the linker asks for the witness of a stored tensor."""
     weights = {old.site.name("weight"): fqn for fqn, old in program.unfolded.items()}
 
+    packed = {key for key in program.stored if isinstance(program.written(key), Packed)}
+
     def watch(key: str) -> Watcher | None:
-        fqn = weights.get(program.stored[key])
+        if key not in program.stored:  # a part of a quantized weight
+            weight, dot, part = key.rpartition(".")
+            return Finite(weight) if dot and part in ("absmax", "nested_absmax") else None
+        fqn = None if key in packed else weights.get(program.stored[key])
         return None if fqn is None else witness(program, fqn, program.parts.get(key))
 
     return watch
 
 
+class Finite:
+    """Sees the absmax of a quantized weight, in which a NaN or an infinity of the weight shows."""
+
+    def __init__(self, weight: str) -> None:
+        self.weight = weight
+
+    def see(self, low: int, high: int, rows: torch.Tensor) -> None:
+        """Takes some absmax.
+
+        Raises:
+            ProofError: One is not finite.
+        """
+        if rows.is_floating_point() and not bool(rows.isfinite().all()):
+            raise ProofError(
+                "holds a NaN or an infinity, which no 4-bit code stands for",
+                where=self.weight,
+                fix="nothing was published; repair the weight, or exclude its layer from nf4",
+            )
+
+    def result(self) -> None:
+        """There is nothing to judge later."""
+
+
 def watch_file(program: Program, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same measurements from a written checkpoint."""
+    """The same measurements from a written checkpoint.
+
+    Raises:
+        ProofError: Parts of a quantized weight are not those of the program.
+    """
     measured: dict[str, Any] = {}
     watch = watcher(program)
     for key in program.stored:
+        constant = program.written(key)
+        if isinstance(constant, Packed):
+            _compare_parts(key, constant, checkpoint)
         if (seer := watch(key)) is None:
             continue
         leaf = Leaf(checkpoint.tensors[key])
@@ -65,6 +102,19 @@ def watch_file(program: Program, checkpoint: Checkpoint) -> dict[str, Any]:
     return measured
 
 
+def _compare_parts(key: str, packed: Packed, checkpoint: Checkpoint) -> None:
+    for suffix, part in packed.parts.items():
+        if isinstance(part, Leaf):
+            continue  # copied as it was; the files' hashes hold it
+        written = checkpoint.tensors.get(key + suffix)
+        if written is None or not torch.equal(read(Leaf(written)), value(part)):
+            raise ProofError(
+                "is not what the program makes of its weight",
+                where=key + suffix,
+                fix="export again; the figures of this artifact do not hold",
+            )
+
+
 def site_proof(program: Program, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Judges what the witnesses measured.
 
@@ -72,6 +122,7 @@ def site_proof(program: Program, measured: Mapping[str, Any]) -> dict[str, Any]:
         ProofError: A site differs by more than its dtype's rounding explains.
     """
     worst: dict[str, Any] = {"relative_error": 0.0, "at": None, "bound": None}
+    measured = {key: seen for key, seen in measured.items() if seen is not None}
     for key, seen in measured.items():
         dtype = program.written(key).spec.dtype
         bound = SITE_BOUND.get(dtype, torch.finfo(dtype).eps)
@@ -113,10 +164,7 @@ def whole_proof(program: Program, written: Path) -> dict[str, Any]:
     want = _logits(model, inputs)
     del model
     gc.collect()
-    loaded = architecture(checkpoint).from_pretrained(
-        written, dtype=torch.float32, local_files_only=True
-    )
-    got = _logits(loaded.eval(), inputs)
+    got = _logits(_loaded(checkpoint), inputs)
     difference = (got - want).abs()
     relative = float(difference.max() / want.abs().max())
     log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
@@ -140,6 +188,17 @@ def whole_proof(program: Program, written: Path) -> dict[str, Any]:
         "kl": kl,
         "top1_agreement": agree,
     }
+
+
+def _loaded(checkpoint: Checkpoint) -> nn.Module:
+    """A written model in fp32; a quantized one by peftc, since bitsandbytes may not be there."""
+    if parts_of(checkpoint.tensors):
+        return materialize(capture(checkpoint.path), dtype=torch.float32)
+    model: Any = architecture(checkpoint).from_pretrained(
+        checkpoint.path, dtype=torch.float32, local_files_only=True
+    )
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def unfold(program: Program) -> Program:

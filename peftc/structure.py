@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +18,9 @@ import torch
 from torch import nn
 
 from peftc.capturing import CheckpointSource, assemble
-from peftc.checkpoint import INDEX, read_json
 from peftc.constants import Constant
 from peftc.errors import CaptureError, PassError, PeftcError
-from peftc.evaluate import value
-from peftc.outline import Outline, architecture, checkpoint_outline, config_of
+from peftc.outline import Outline, checkpoint_outline, config_of
 from peftc.program import OutputFile, Program
 
 _TEXT = ("text_config", "text_encoder", "decoder", "generator")  # as get_text_config looks for it
@@ -47,39 +44,21 @@ class EditedSource(CheckpointSource):
     layers: tuple[int, ...] = ()
     replicable: bool = False
 
-    def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
-        """What transformers makes of the output, which need not be written for it."""
-        from transformers import GenerationConfig
+    def constants(self) -> dict[str, Constant]:
+        return dict(self.tensors)
 
-        state = {key: value(constant) for key, constant in self.tensors.items()}
-        model: Any = architecture(self.checkpoint).from_pretrained(
-            None, config=config_of(self.checkpoint), state_dict=state, dtype=dtype or "auto"
-        )
-        if (self.checkpoint.path / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(self.checkpoint.path)
-        module: nn.Module = model.eval()
-        return module
+    def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
+        return self.build(self.tensors, dtype)
 
     def layout(self) -> list[OutputFile]:
         return list(self.files)
 
     def edited(self) -> dict[str, bytes]:
-        files = {"config.json": _json(self.checkpoint.config)}
-        if self.checkpoint.indexed:
-            index = read_json(self.checkpoint.path / INDEX, "a sharded checkpoint")
-            specs = [constant.spec for constant in self.tensors.values()]
-            sizes = {
-                "total_size": sum(spec.nbytes for spec in specs),
-                "total_parameters": sum(math.prod(spec.shape) for spec in specs),
-            }
-            old = index.get("metadata") or {}
-            known = {key: size for key, size in sizes.items() if key in old}
-            places = {key: file.name for file in self.files for key in file.tensors}
-            files[INDEX] = _json({**index, "metadata": {**old, **known}, "weight_map": places})
-        return files
+        return {"config.json": as_json(self.checkpoint.config)}
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """A JSON file as Hugging Face's libraries write it."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -180,6 +159,7 @@ def _carried(program: Program, fresh: Program) -> Program:
         aliases={**fresh.aliases, **added},
         adapters=program.adapters,
         unfolded=program.unfolded,
+        fused=program.fused,
         journal=program.journal,
     )
 

@@ -15,8 +15,9 @@ import peftc
 from peftc import Lora, Merge, Pipeline, graphs
 from peftc.constants import Derived, Held, Initial, Leaf, derive
 from peftc.errors import CheckpointError
-from peftc.evaluate import chunks, read, value
+from peftc.evaluate import chunks, value
 from peftc.graphs import Builder, Spec
+from peftc.reading import read
 from peftc.safetensors_file import read_header
 from tests.conftest import MakeCheckpoint
 

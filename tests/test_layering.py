@@ -16,12 +16,12 @@ ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
     "errors", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants",
-    "evaluate", "kinds", "layout", "sites", "program", "targets", "contract", "adapter",
-    "registry", "rules", "algebra", "factors", "deltas", "pipeline", "tracing", "conversion",
-    "roles", "outline", "capturing", "structure", "artifact", "link", "live", "optimizer_groups",
-    "witness", "proof", "spectra", "analysis", "kernels", "passes", "exporters", "recipe", "api",
-    "terminal", "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli",
-    "__main__",
+    "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets",
+    "contract", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
+    "tracing", "conversion", "roles", "outline", "capturing", "structure", "storage", "artifact",
+    "link", "fusing", "live", "optimizer_groups", "witness", "proof", "spectra", "analysis",
+    "survival", "kernels", "passes", "exporters", "recipe", "merging", "api", "terminal",
+    "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
@@ -29,7 +29,8 @@ TORCH_FREE = [
     "passes.dora", "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit",
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
     "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
-    "passes.unmerge", "passes.untie", "passes.resize_vocabulary", "passes.replicate_layers",
+    "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
+    "passes.resize_vocabulary", "passes.replicate_layers",
     "demo_model",
 ]  # fmt: skip
 SOURCES = sorted(

@@ -223,18 +223,19 @@ def test_mean_of_rows_is_summed_a_few_rows_at_a_time(
     constant = program.constants["lm_head.weight"]
     want = value(program.captured["lm_head.weight"])
     assert constant is program.captured["lm_head.weight"] and want.shape == (120, 48)
-    import peftc.evaluate as module
+    import peftc.evaluate
+    import peftc.reading
 
-    read, largest = module.read, []
+    read, largest = peftc.reading.read, []
 
     def watched(leaf: Any, low: int = 0, high: int | None = None) -> torch.Tensor:
         rows = read(leaf, low, high)
         largest.append(len(rows))
         return rows
 
-    monkeypatch.setattr(module, "read", watched)
-    monkeypatch.setattr(module, "chunks", lambda shape: [(i, min(i + 16, shape[0])) for i in
-                                                         range(0, shape[0], 16)])  # fmt: skip
+    monkeypatch.setattr(peftc.reading, "read", watched)
+    monkeypatch.setattr(peftc.evaluate, "chunks", lambda shape: [(i, min(i + 16, shape[0])) for i in
+                                                                 range(0, shape[0], 16)])  # fmt: skip
     evaluation = Evaluation(constant.graph, constant.inputs)  # type: ignore[union-attr]
     pieces = [evaluation.rows(low, min(low + 17, 120)) for low in range(0, 120, 17)]
     assert torch.equal(torch.cat(pieces).bfloat16(), want)

@@ -1,0 +1,85 @@
+"""Reading of leaves: rows of tensors out of their files, as they are or widened to fp32."""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from peftc.constants import Leaf
+from peftc.errors import CheckpointError
+from peftc.safetensors_file import TensorRef
+
+
+def read(leaf: Leaf, low: int = 0, high: int | None = None) -> torch.Tensor:
+    """Rows low to high of a leaf, in its own dtype."""
+    shape, ref = leaf.spec.shape, leaf.ref
+    if not shape:
+        return _read_bytes(ref.file, ref.start, ref.nbytes).view(leaf.spec.dtype).reshape(())
+    high = shape[0] if high is None else high
+    row = ref.nbytes // max(1, shape[0])
+    raw = _read_bytes(ref.file, ref.start + low * row, (high - low) * row)
+    return raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in fp32, unless it counts."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+class Recent(threading.local):
+    """The pieces of leaves that a thread read last; what is written is so proved at no second read.
+
+    They may be shared because evaluation writes only into results of its own.
+    """
+
+    KEPT = 4
+
+    def __init__(self) -> None:
+        self.pieces: dict[tuple[TensorRef, int, int, int], torch.Tensor] = {}
+
+    def __call__(self, leaf: Leaf, low: int, high: int) -> torch.Tensor:
+        key = leaf.ref, low, high, leaf.ref.file.stat().st_mtime_ns
+        if key not in self.pieces:
+            if len(self.pieces) >= self.KEPT:
+                del self.pieces[next(iter(self.pieces))]
+            self.pieces[key] = wide(read(leaf, low, high))
+        return self.pieces[key]
+
+
+recent = Recent()
+
+
+class _OpenFile:
+    """A file descriptor that closes with its last user."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+@lru_cache(maxsize=64)
+def _open(path: Path, inode: int, size: int) -> _OpenFile:
+    return _OpenFile(path)
+
+
+def _read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
+    raw = torch.empty(count, dtype=torch.uint8)
+    view = raw.numpy().data
+    info = path.stat()
+    file = _open(path, info.st_ino, info.st_size)
+    done = 0
+    while done < count:
+        got = os.preadv(file.fd, [view[done:]], start + done)
+        if not got:
+            raise CheckpointError(
+                "was truncated while it was read", where=str(path), fix="restore it, and run again"
+            )
+        done += got
+    return raw
