@@ -35,17 +35,17 @@ def available() -> bool:
 
 
 def use(isa: str | None = None) -> str:
-    """Takes the named instruction set, or the machine's best, for every thread; returns its name.
+    """Takes an instruction set for every thread: the named one, PEFTC_NF4_ISA's, or the best.
+
+    Returns:
+        Its name.
 
     Raises:
         ValueError: The machine, or this build, has not got it.
     """
     library = _library()
     assert library is not None
-    name: bytes | None = library.nf4_use(isa and isa.encode())
-    if name is None:
-        raise ValueError(f"there are no kernels for {isa!r} on this machine")
-    return name.decode()
+    return _use(library, isa)
 
 
 def quantize(weight: Tensor, block_size: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
@@ -162,10 +162,16 @@ def _library() -> ctypes.CDLL | None:
         function.argtypes, function.restype = types, None
     library.nf4_use.restype = ctypes.c_char_p
     library.nf4_openmp(*_openmp())
-    wanted = os.environ.get("PEFTC_NF4_ISA")
-    if library.nf4_use(wanted and wanted.encode()) is None:
-        raise ValueError(f"PEFTC_NF4_ISA: this machine has no kernels for {wanted!r}")
+    _use(library, None)
     return library
+
+
+def _use(library: ctypes.CDLL, isa: str | None) -> str:
+    isa = isa or os.environ.get("PEFTC_NF4_ISA")
+    name: bytes | None = library.nf4_use(isa and isa.encode())
+    if name is None:
+        raise ValueError(f"there are no 4-bit kernels for {isa!r} on this machine")
+    return name.decode()
 
 
 def _load() -> ctypes.CDLL:
@@ -176,7 +182,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _openmp() -> list[ctypes.c_void_p]:
-    """What starts threads: of torch's own OpenMP, which it loads for all to see, or the system's."""
+    """What starts threads: in torch's own OpenMP, which all can see, else in the system's."""
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     for path in (None, "libgomp.so.1"):
         with suppress(OSError, AttributeError, TypeError):  # Windows has no None

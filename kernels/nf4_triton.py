@@ -35,9 +35,9 @@ def lookup(book: nf4.Codebook, dtype: torch.dtype) -> str:
     is looked up in both halves of the codebook, and bit 3 of the code picks the half. That is 2.6
     instructions a 16-bit value, where a chain of selects takes 30.
     """
-    bits = nf4.codebook(book).to(dtype)
     size = dtype.itemsize
-    table = bits.view(torch.int32 if size == 4 else torch.int16).tolist()
+    bits = torch.int32 if size == 4 else torch.int16
+    table = nf4.codebook(book).to(dtype).view(bits).tolist()
 
     def word(plane: int, first: int) -> str:
         values = [table[first + i] >> 8 * plane & 255 for i in range(4)]
@@ -67,12 +67,11 @@ def lookup(book: nf4.Codebook, dtype: torch.dtype) -> str:
                 f"prmt.b32 a{plane}, p, q, m",
             ]
         for low, pick in enumerate(("0x7351", "0x6240")):
-            if size == 2:
-                lines.append(f"prmt.b32 ${2 * low + half}, a0, a1, {pick}")
-                continue
-            lines += [f"prmt.b32 p, a0, a1, {pick}", f"prmt.b32 q, a2, a3, {pick}"]
-            lines += [f"prmt.b32 ${4 * low + 2 * half}, p, q, 0x5410"]
-            lines += [f"prmt.b32 ${4 * low + 2 * half + 1}, p, q, 0x7632"]
+            at = size * low + size // 2 * half
+            lines.append(f"prmt.b32 {'p' if size == 4 else f'${at}'}, a0, a1, {pick}")
+            if size == 4:
+                lines += [f"prmt.b32 q, a2, a3, {pick}", f"prmt.b32 ${at}, p, q, 0x5410"]
+                lines.append(f"prmt.b32 ${at + 1}, p, q, 0x7632")
     return "{ " + ";\n".join(lines) + "; }"
 
 
@@ -343,9 +342,8 @@ def backward(rows: Tensor, weight: Weight, shape: Tile, splits: int) -> Tensor:
     parts = _parts(rows, weight.columns, splits)
     arguments, constants = _backward(rows, weight, shape)
     tiles = weight.columns // constants["COLUMNS"] * triton.cdiv(rows.shape[0], shape.rows)
-    backward_kernel[tiles, splits](
-        *arguments[:-1], parts, *arguments[-1], **constants, SPLITS=splits
-    )
+    launch = backward_kernel[tiles, splits]
+    launch(*arguments[:-1], parts, *arguments[-1], **constants, SPLITS=splits)
     return _summed(parts, rows.dtype)
 
 
@@ -430,8 +428,7 @@ def _product(
     fused = inner if inner is not None and 0 < inner.b.shape[1] <= MAX_RANK else None
     y = None
     if count and weight.outs and weight.columns and weight.fits():
-        few = (EXACT,) if dtype == torch.float32 else table.slim
-        many = () if dtype == torch.float32 else table.tiles
+        few, many = ((EXACT,), ()) if dtype == torch.float32 else (table.slim, table.tiles)
         if thin := _at(few, count):
             y = slim(rows, weight, bias, fused, thin)
         elif tile := _at(many, count):
@@ -467,8 +464,9 @@ def linear(
     bias: Tensor | None, out_features: int, block_size: int, codebook: nf4.Codebook,
 ) -> Tensor:  # fmt: skip
     """x·weightᵀ + bias."""
-    size = out_features, x.shape[-1], block_size, codebook
-    return _product(x, Weight(codes, absmax, outer, offset, *size), bias, None)
+    columns = x.shape[-1]
+    weight = Weight(codes, absmax, outer, offset, out_features, columns, block_size, codebook)
+    return _product(x, weight, bias, None)
 
 
 def linear_backward(
@@ -476,17 +474,17 @@ def linear_backward(
     in_features: int, block_size: int, codebook: nf4.Codebook,
 ) -> Tensor:  # fmt: skip
     """grad·weight."""
-    size = grad.shape[-1], in_features, block_size, codebook
-    weight = Weight(codes, absmax, outer, offset, *size)
+    outs = grad.shape[-1]
+    weight = Weight(codes, absmax, outer, offset, outs, in_features, block_size, codebook)
     dtype = torch.float32 if grad.dtype == torch.float64 else grad.dtype
-    rows = grad.reshape(-1, weight.outs).to(dtype).contiguous()
+    rows = grad.reshape(-1, outs).to(dtype).contiguous()
     count, table = rows.shape[0], _card(grad.device)
     tile = None
-    if count and weight.outs and in_features and weight.fits() and dtype != torch.float32:
+    if count and outs and in_features and weight.fits() and dtype != torch.float32:
         tile = _at(table.backward, count)
     if tile:
         tiles = in_features // min(tile.columns, block_size) * triton.cdiv(count, tile.rows)
-        splits = _splits(table.programs, tiles, weight.outs // tile.outs)
+        splits = _splits(table.programs, tiles, outs // tile.outs)
         result = backward(rows, weight, tile, splits)
     else:
         result = rows @ _decoded(weight, weight[4:6], dtype)
@@ -499,5 +497,6 @@ def lora(
     codebook: nf4.Codebook,
 ) -> Tensor:  # fmt: skip
     """x·weightᵀ + bias + scale·(x·aᵀ)·bᵀ."""
-    size = b.shape[0], x.shape[-1], block_size, codebook
-    return _product(x, Weight(codes, absmax, outer, offset, *size), bias, (a, b, scale))
+    size = b.shape[0], x.shape[-1]
+    weight = Weight(codes, absmax, outer, offset, *size, block_size, codebook)
+    return _product(x, weight, bias, (a, b, scale))

@@ -89,8 +89,8 @@ def _type(value: Any) -> str:
 
 def matrix(block: int = 64, nested: bool = False) -> nf4_triton.Weight:
     codes, absmax = nf4.quantize(torch.ones(64, 4096), block)
-    state = (codes, *nf4.nest(absmax)) if nested else (codes, absmax, None, None)
-    return nf4_triton.Weight(*state, 64, 4096, block, "nf4")
+    inner, outer, offset = nf4.nest(absmax) if nested else (absmax, None, None)
+    return nf4_triton.Weight(codes, inner, outer, offset, 64, 4096, block, "nf4")
 
 
 def launch(
