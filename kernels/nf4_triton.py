@@ -58,8 +58,7 @@ def lookup(book: nf4.Codebook, dtype: torch.dtype) -> str:
     for plane in range(size):
         lines += [f"or.b32 w{2 * plane + i}, z, {word(plane, 8 * i)}" for i in range(2)]
     for half in range(2):
-        if half:
-            lines += ["shr.u32 s, s, 16", "shr.u32 m, m, 16"]
+        lines += ["shr.u32 s, s, 16", "shr.u32 m, m, 16"] * half
         for plane in range(size):
             lines += [
                 f"prmt.b32 p, w{2 * plane}, {word(plane, 4)}, s",
@@ -70,8 +69,8 @@ def lookup(book: nf4.Codebook, dtype: torch.dtype) -> str:
             at = size * low + size // 2 * half
             lines.append(f"prmt.b32 {'p' if size == 4 else f'${at}'}, a0, a1, {pick}")
             if size == 4:
-                lines += [f"prmt.b32 q, a2, a3, {pick}", f"prmt.b32 ${at}, p, q, 0x5410"]
-                lines.append(f"prmt.b32 ${at + 1}, p, q, 0x7632")
+                lines.append(f"prmt.b32 q, a2, a3, {pick}")
+                lines += [f"prmt.b32 ${at + i}, p, q, {('0x5410', '0x7632')[i]}" for i in (0, 1)]
     return "{ " + ";\n".join(lines) + "; }"
 
 
@@ -280,8 +279,7 @@ class Weight(NamedTuple):
 
     def fits(self) -> bool:
         """Whether a step of a product lies within one block of one row."""
-        size = self.block_size
-        return size >= 32 and size & (size - 1) == 0 and self.columns % size == 0
+        return self.block_size in nf4.BLOCK_SIZES and self.columns % self.block_size == 0
 
 
 class Update(NamedTuple):
@@ -497,6 +495,6 @@ def lora(
     codebook: nf4.Codebook,
 ) -> Tensor:  # fmt: skip
     """x·weightᵀ + bias + scale·(x·aᵀ)·bᵀ."""
-    size = b.shape[0], x.shape[-1]
-    weight = Weight(codes, absmax, outer, offset, *size, block_size, codebook)
+    outs, columns = b.shape[0], x.shape[-1]
+    weight = Weight(codes, absmax, outer, offset, outs, columns, block_size, codebook)
     return _product(x, weight, bias, (a, b, scale))

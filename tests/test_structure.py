@@ -234,8 +234,11 @@ def test_mean_of_rows_is_summed_a_few_rows_at_a_time(
         return rows
 
     monkeypatch.setattr(peftc.reading, "read", watched)
-    sixteen = [(low, min(low + 16, 120)) for low in range(0, 120, 16)]
-    monkeypatch.setattr(peftc.evaluate, "chunks", lambda shape: sixteen)
+
+    def sixteen(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        return [(low, min(low + 16, shape[0])) for low in range(0, shape[0], 16)]
+
+    monkeypatch.setattr(peftc.evaluate, "chunks", sixteen)
     evaluation = Evaluation(constant.graph, constant.inputs)  # type: ignore[union-attr]
     pieces = [evaluation.rows(low, min(low + 17, 120)) for low in range(0, 120, 17)]
     assert torch.equal(torch.cat(pieces).bfloat16(), want)
