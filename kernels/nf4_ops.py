@@ -60,7 +60,7 @@ def _nest_codes(absmax: Tensor) -> Tensor:
 
 
 def _nest_absmax(absmax: Tensor) -> Tensor:
-    return nf4.nest(absmax)[1]
+    return nf4.outer(absmax)[0]
 
 
 def _map(name: str) -> Tensor:

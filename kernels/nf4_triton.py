@@ -449,11 +449,10 @@ def _at(table: Sequence[tuple[int, Any]], count: int) -> Any:
 
 
 def dequantize(
-    codes: Tensor, absmax: Tensor, outer: Tensor | None, offset: Tensor | None,
-    shape: Sequence[int], block_size: int, codebook: nf4.Codebook,
-) -> Tensor:  # fmt: skip
+    codes: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int, codebook: nf4.Codebook
+) -> Tensor:
     """The tensor that the codes stand for, fp32."""
-    weight = Weight(codes, absmax, outer, offset, 0, 0, block_size, codebook)
+    weight = Weight(codes, absmax, None, None, 0, 0, block_size, codebook)
     return _decoded(weight, shape, torch.float32)
 
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def assert_near(got: torch.Tensor, wide: torch.Tensor, dtype: torch.dtype) -> No
     assert error < tolerance, float(error)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="it is what runs this file")
+@pytest.mark.skipif(INTERPRETED or NATIVE, reason="the tests below run in this process")
 def test_kernels_equal_reference_when_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
@@ -86,7 +87,10 @@ def test_dequantize_equals_reference_to_the_bit(
     shape: tuple[int, ...], block: int, book: nf4.Codebook, nested: bool
 ) -> None:
     wide, state = quantized(*shape, block=block, book=book, nested=nested)
-    assert torch.equal(nf4_triton.dequantize(*state, shape, block, book), wide)
+    weight = nf4_triton.Weight(*state, 0, 0, block, book)
+    assert torch.equal(nf4_triton._decoded(weight, shape, torch.float32), wide)
+    if not nested:
+        assert torch.equal(nf4_triton.dequantize(*state[:2], shape, block, book), wide)
 
 
 @runs
@@ -94,7 +98,7 @@ def test_dequantize_keeps_absmax_of_bf16_and_nan() -> None:
     codes, absmax = nf4.quantize(random(6, 64), 64)
     absmax = absmax.bfloat16()
     absmax[2], absmax[4] = float("nan"), float("inf")
-    got = nf4_triton.dequantize(codes, absmax, None, None, (6, 64), 64, "nf4")
+    got = nf4_triton.dequantize(codes, absmax, (6, 64), 64, "nf4")
     wide = nf4.dequantize(codes, absmax, (6, 64))
     assert torch.equal(got.nan_to_num(7), wide.nan_to_num(7))
     assert not got[2].isfinite().any() and got[3].isfinite().all()
@@ -103,13 +107,13 @@ def test_dequantize_keeps_absmax_of_bf16_and_nan() -> None:
 @runs
 def test_dequantize_of_nothing_is_empty() -> None:
     codes = torch.empty(0, 1, dtype=torch.uint8, device=DEVICE)
-    got = nf4_triton.dequantize(codes, random(0), None, None, (0, 5), 64, "nf4")
+    got = nf4_triton.dequantize(codes, random(0), (0, 5), 64, "nf4")
     assert got.shape == (0, 5)
 
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 16, 40, 260])
+@pytest.mark.parametrize("rows", [1, 3, 16, 40, 260])
 @pytest.mark.parametrize(
     ("outs", "columns", "block", "book", "nested", "biased"),
     [
@@ -197,7 +201,7 @@ def test_linear_backward_equals_reference(
 
 
 @runs
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     rows=st.integers(1, 20),
     outs=st.integers(1, 40),
@@ -211,7 +215,8 @@ def test_operators_equal_reference_when_sizes_are_any(
 ) -> None:
     weight, state = quantized(outs, columns, block=block, book=book, nested=nested)
     x, grad = random(rows, columns), random(rows, outs)
-    assert torch.equal(nf4_triton.dequantize(*state, (outs, columns), block, book), weight)
+    matrix = nf4_triton.Weight(*state, outs, columns, block, book)
+    assert torch.equal(nf4_triton._decoded(matrix, (outs, columns), torch.float32), weight)
     got = nf4_triton.linear(x, *state, None, outs, block, book)
     torch.testing.assert_close(got, x @ weight.t(), rtol=1e-4, atol=1e-4)
     back = nf4_triton.linear_backward(grad, *state, columns, block, book)
@@ -221,17 +226,17 @@ def test_operators_equal_reference_when_sizes_are_any(
 @runs
 @pytest.mark.parametrize("entry", CARDS.values(), ids=CARDS)
 def test_every_tuned_tile_equals_reference(entry: Any) -> None:
-    weight, state = quantized(136, 576)
-    matrix = nf4_triton.Weight(*state, 136, 576, 64, "nf4")
+    weight, state = quantized(72, 320)
+    matrix = nf4_triton.Weight(*state, 72, 320, 64, "nf4")
     for limit, shape in (*entry.slim, *entry.tiles):
-        x = random(limit, 576, dtype=torch.float16)
+        x = random(limit, 320, dtype=torch.float16)
         if isinstance(shape, Slim):
             got = nf4_triton.slim(x, matrix, None, None, shape)
         else:
             got = nf4_triton.tiled(x, matrix, None, None, shape, 2)
         assert_near(got, x.double() @ weight.double().t(), torch.float16)
     for limit, shape in entry.backward:
-        grad = random(limit, 136, dtype=torch.float16)
+        grad = random(limit, 72, dtype=torch.float16)
         back = nf4_triton.backward(grad, matrix, shape, 2)
         assert_near(back, grad.double() @ weight.double(), torch.float16)
 
@@ -278,3 +283,10 @@ def test_lookup_decodes_every_byte_at_every_place(book: nf4.Codebook, dtype: tor
         stored = b"".join(word.to_bytes(4, "little") for word in words)
         got = [int.from_bytes(stored[i : i + size], "little") for i in range(0, 8 * size, size)]
         assert got == [table[b >> 4] for b in packed] + [table[b & 15] for b in packed]
+
+
+@pytest.mark.parametrize("name", ["dequantize", "linear", "linear_backward", "lora"])
+def test_kernels_take_what_the_operators_do(name: str) -> None:
+    kernel, operator_ = getattr(nf4_triton, name), getattr(nf4_ops, f"_{name}")
+    assert list(signature(kernel).parameters) == list(signature(operator_).parameters)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peftc::nf4_{name}", "CUDA")
