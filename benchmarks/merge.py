@@ -151,10 +151,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="peftc-bench-", dir=args.dir))
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.machine()
-    print(f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}, medians of "
+    print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, medians of "
           f"{args.rounds} rounds (PEFT: {args.peft_rounds})\n")  # fmt: skip
     print("| checkpoint | job | seconds | × cp | peak GB | wrong elements |")
     print("|---|---|---|---|---|---|", flush=True)
@@ -163,6 +160,13 @@ def main() -> None:
             measure(work, size, args.rounds, args.peft_rounds)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def processor() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def apart(job: str, arguments: Any) -> Any:

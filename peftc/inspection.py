@@ -47,11 +47,42 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "architecture": ", ".join(map(str, checkpoint.config.get("architectures") or ["?"])),
         "files": len(checkpoint.files),
         "bytes": checkpoint.nbytes,
-        "parameters": sum(math.prod(ref.shape) for ref in refs),
+        "parameters": sum(_parameters(ref, checkpoint) for ref in refs),
         "dtypes": _dtypes(refs),
+        **_quantization(checkpoint),
         "tied embeddings": checkpoint.config.get("tie_word_embeddings"),
         "tensors": _grouped(refs),
     }
+
+
+def _parameters(ref: TensorRef, checkpoint: Checkpoint) -> int:
+    """How many of the model's numbers a stored tensor holds; of a quantized weight: its codes."""
+    owner = _owner(ref.name, checkpoint)
+    if owner is None:
+        return math.prod(ref.shape)
+    return 2 * ref.nbytes if owner == ref.name else 0
+
+
+def _owner(name: str, checkpoint: Checkpoint) -> str | None:
+    """The quantized weight that a stored tensor is a part of."""
+    weight = re.sub(
+        r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$", "", name
+    )
+    states = (f"{weight}.quant_state.bitsandbytes__{book}" for book in ("nf4", "fp4"))
+    return weight if any(state in checkpoint.tensors for state in states) else None
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, str]:
+    """How the weights are quantized, and how many bits each then takes."""
+    config = checkpoint.config.get("quantization_config")
+    parts = [ref for name, ref in checkpoint.tensors.items() if _owner(name, checkpoint)]
+    if not isinstance(config, dict) or not parts:
+        return {}
+    count = sum(_parameters(ref, checkpoint) for ref in parts)
+    bits = 8 * sum(ref.nbytes for ref in parts) / max(1, count)
+    nested = ", double quantization" if config.get("bnb_4bit_use_double_quant") else ""
+    kind = config.get("bnb_4bit_quant_type", "4-bit")
+    return {"quantization": f"{kind}{nested}: {count:,} weights, {bits:.2f} bits each"}
 
 
 def _adapter(path: Path) -> dict[str, Any]:

@@ -90,11 +90,16 @@ def materialize(
     model = program.source.instantiate(dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
-    with torch.no_grad():
-        for fqn in program.constants:
-            packed = isinstance(program.constants[fqn], Packed)
-            if fqn in tensors and program.touched(fqn) and not packed:
-                tensors[fqn].copy_(value(program.constants[fqn]))
+    stored = {
+        site.name("weight")
+        for site in program.sites.values()
+        if isinstance(program.constants[site.name("weight")], Packed)
+    }
+    for fqn in tensors.keys() & program.constants.keys() - stored:
+        if program.touched(fqn) or isinstance(program.constants[fqn], Packed):
+            # Not into the old one, which takes no memory where the source has 4 bits.
+            old = tensors[fqn]
+            old.data = old.new_empty(old.shape).copy_(value(program.constants[fqn]))
     live = _Live(program, device)
     experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
@@ -191,7 +196,10 @@ class _Live:
         specs = {}
         for local in graphs.constant_names(opened_graph):
             if local in stored:
-                part = value(stored[local]).to(self.device)
+                part = value(stored[local])
+                if local.endswith("_absmax") and torch.device(self.device).type != "cpu":
+                    part = _small(part)
+                part = part.to(self.device)
                 state.register_buffer(local, part)
                 specs[local] = Spec(tuple(part.shape), part.dtype)
                 continue
@@ -219,6 +227,12 @@ class _Live:
             tensor = _wide(value(constant), dtype).clone()
             self._trained[owner] = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
         return self._trained[owner]
+
+
+def _small(tensor: torch.Tensor) -> torch.Tensor:
+    """Absmax in bf16, where they are such numbers: those of bf16 weights are."""
+    half = tensor.bfloat16()
+    return half if tensor.is_floating_point() and torch.equal(half.float(), tensor) else tensor
 
 
 def _rounded(graph: fx.Graph, kind: Kind, dtype: torch.dtype) -> fx.Graph:
