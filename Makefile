@@ -23,6 +23,9 @@ test: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/quantize.py
+	$(BIN)/python benchmarks/nf4_linear.py
+	$(BIN)/python benchmarks/nf4_perplexity.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

@@ -6,8 +6,8 @@ codebook's entry nearest to element/absmax. Codes are packed two a byte, the fir
 `nf4` is the normal float of QLoRA (Dettmers et al. 2023, appendix E), `fp4` a 4-bit float.
 
 The numbers, to the bit: element·(1/absmax) in fp32, divided instead in a short last block; a value
-half way between two entries takes the lower. A block of zeros has absmax 0. A block that holds a NaN
-or an infinity has that absmax and decodes to NaN and infinity throughout, never to numbers.
+half way between two entries takes the lower. A block of zeros has absmax 0. A block that holds a
+NaN or an infinity has that absmax and decodes to NaN and infinity throughout, never to numbers.
 
 Double quantization stores the absmax in turn: less their mean, as 8-bit codes of a signed dynamic
 map (Dettmers et al. 2022), in blocks of 256 with an absmax of their own.
@@ -136,10 +136,16 @@ def nest(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
         Codes, uint8 (blocks,); their own absmax, fp32 (⌈blocks/256⌉,); and the mean, fp32 ().
     """
     offset = absmax.mean()
-    scaled, outer = _scaled(absmax - offset, NESTED_BLOCK_SIZE)
+    scaled, scales = _scaled(absmax - offset, NESTED_BLOCK_SIZE)
     values = dynamic_map(absmax.device)
     middle = (values[1:] + values[:-1]) / 2
-    return torch.bucketize(scaled, middle, out_int32=True).to(torch.uint8), outer, offset
+    return torch.bucketize(scaled, middle, out_int32=True).to(torch.uint8), scales, offset
+
+
+def outer(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `nest` gives beside the codes, which take longest: their absmax, and the mean."""
+    offset = absmax.mean()
+    return _scaled(absmax - offset, NESTED_BLOCK_SIZE)[1], offset
 
 
 def unnest(codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,12 @@
 #include <string.h>
 
 #define ALWAYS __attribute__((always_inline))
-#define CHUNK 64    /* elements that are quantized together */
-#define MAX_ROWS 64 /* that `multiply` takes */
-#define FEW 32768   /* elements for which one thread is enough */
+#define CHUNK 64     /* elements that are quantized together */
+#define MAX_ROWS 64  /* of x that are multiplied together */
+#define CACHED 65536 /* floats of x that stay in a core's second cache */
+#define PANEL 4      /* outputs that share a load of x */
+#define DEPTH 8      /* steps of a panel that stay in the first cache */
+#define FEW 32768    /* elements for which one thread is enough */
 #define TINIEST 1e-38f
 
 typedef void Part(const void *job, int64_t low, int64_t high);
@@ -34,7 +37,7 @@ typedef struct {
     const uint8_t *codes;
     float *arranged, *y;
     int64_t rows, columns, outputs, block;
-    int shift; /* log2 of the steps a block */
+    int log; /* of the block, to base 2 */
 } Multiply;
 
 typedef struct {
@@ -157,14 +160,20 @@ void nf4_decode(
     run(isa->decode, &job, last - first, count, threads);
 }
 
-/* `arranged` has room for rows × columns floats, the columns rounded up to 128. */
+/* `arranged` has room for 64 rows, or fewer, of floats, the columns rounded up to 128. */
 void nf4_multiply(
     const float *x, const uint8_t *codes, const float *absmax, const float *values, float *arranged,
     float *y, int64_t rows, int64_t columns, int64_t outputs, int64_t block, int threads) {
-    Multiply job = {x, absmax, values, codes, arranged, y, rows, columns, outputs, block, 0};
-    while ((int64_t)isa->step << job.shift < block) job.shift++;
-    run(isa->arrange, &job, (columns + isa->step - 1) / isa->step, rows * columns, threads);
-    run(isa->multiply, &job, outputs, outputs * columns, threads);
+    const int64_t steps = (columns + isa->step - 1) / isa->step;
+    int log = 0;
+    while (1 << log < block) log++;
+    for (int64_t r = 0; r < rows; r += MAX_ROWS) {
+        const Multiply job = {
+            x + r * columns, absmax, values, codes, arranged, y + r * outputs,
+            least(rows - r, MAX_ROWS), columns, outputs, block, log};
+        run(isa->arrange, &job, steps, job.rows * columns, threads);
+        run(isa->multiply, &job, outputs, outputs * columns, threads);
+    }
 }
 
 static void unnest(const void *data, int64_t low, int64_t high) {

@@ -78,54 +78,113 @@ static TARGET void ISA(arrange)(const void *data, int64_t low, int64_t high) {
         }
 }
 
-/* Adds a step's products to the sums of all rows. */
-static inline TARGET ALWAYS void ISA(add_step)(
-    Planes planes, const uint8_t *codes, Vec scale, const float *x, int rows, Vec *sums) {
-    Vec w[8];
-    unpack(planes, codes, w);
-    for (int r = 0; r < rows; r++, x += STEP) {
-        Vec even = mul(w[0], load(x)), odd = mul(w[1], load(x + W));
-        for (int k = 2; k < 8; k += 2) {
-            even = muladd(w[k], load(x + k * W), even);
-            odd = muladd(w[k + 1], load(x + (k + 1) * W), odd);
-        }
-        sums[r] = muladd(add(even, odd), scale, sums[r]);
+/* Where step s of output n lies, or a copy filled up with zeros, and the scale of each place. */
+static inline TARGET ALWAYS Vec ISA(find)(
+    const Multiply *job, int64_t n, int64_t s, const uint8_t **codes, uint8_t *padded) {
+    const float *absmax = job->absmax + n * (job->columns >> job->log);
+    const int64_t first = s * STEP, rest = job->columns - first;
+    *codes = job->codes + (n * job->columns + first) / 2;
+    if (rest < STEP) {
+        float scales[W] = {0};
+        memset(padded, 0, STEP / 2);
+        memcpy(padded, *codes, (size_t)rest / 2);
+        *codes = padded;
+        for (int64_t i = 0; i < rest; i += 8) scales[i / 8] = absmax[(first + i) >> job->log];
+        return load(scales);
     }
+    __builtin_prefetch(*codes + 1024);
+    absmax += first >> job->log;
+    return job->block < STEP ? few_scales(absmax, (int)job->block / 8) : set1(*absmax);
 }
 
-static inline TARGET ALWAYS void ISA(output)(const Multiply *job, Planes planes, int64_t n, int rows) {
-    const int places = (int)(job->block / 8); /* a block */
-    const int64_t steps = job->columns / STEP, rest = job->columns % STEP;
-    const uint8_t *codes = job->codes + n * (job->columns / 2);
-    const float *absmax = job->absmax + n * (job->columns / job->block), *x = job->arranged;
-    Vec sums[MAX_ROWS];
+/* One output of a few rows, their sums in registers; the scale is applied to a step's sum. */
+static inline TARGET ALWAYS void ISA(few_rows)(
+    const Multiply *job, Planes planes, int64_t n, int rows) {
+    const float *x = job->arranged;
+    Vec sums[4];
     for (int r = 0; r < rows; r++) sums[r] = set1(0);
-    for (int64_t s = 0; s < steps; s++, codes += STEP / 2, x += rows * STEP) {
-        __builtin_prefetch(codes + 1024);
-        const Vec scale = places < W ? few_scales(absmax + s * (W / places), places)
-                                     : set1(absmax[s >> job->shift]);
-        ISA(add_step)(planes, codes, scale, x, rows, sums);
-    }
-    if (rest) {
-        uint8_t padded[STEP / 2] = {0};
-        float scales[W] = {0};
-        memcpy(padded, codes, (size_t)rest / 2);
-        for (int64_t i = 0; i < rest / 8; i++) scales[i] = absmax[(steps * W + i) / places];
-        ISA(add_step)(planes, padded, load(scales), x, rows, sums);
+    for (int64_t s = 0; s * STEP < job->columns; s++) {
+        const uint8_t *codes;
+        uint8_t padded[STEP / 2];
+        const Vec scale = ISA(find)(job, n, s, &codes, padded);
+        Vec w[8];
+        unpack(planes, codes, w);
+        for (int r = 0; r < rows; r++, x += STEP) {
+            Vec even = mul(w[0], load(x)), odd = mul(w[1], load(x + W));
+            for (int k = 2; k < 8; k += 2) {
+                even = muladd(w[k], load(x + k * W), even);
+                odd = muladd(w[k + 1], load(x + (k + 1) * W), odd);
+            }
+            sums[r] = muladd(add(even, odd), scale, sums[r]);
+        }
     }
     for (int r = 0; r < rows; r++) job->y[r * job->outputs + n] = total(sums[r]);
+}
+
+/* Adds to the sums of one to three rows their products with a panel of weights. */
+static inline TARGET ALWAYS void ISA(add_panel)(
+    const Vec *w, int steps, const float *x, int64_t stride, int rows, Vec *sums) {
+    Vec local[3 * PANEL];
+    for (int i = 0; i < rows * PANEL; i++) local[i] = sums[i];
+    for (int s = 0; s < steps; s++, x += stride)
+        for (int k = 0; k < 8; k++, w += PANEL) {
+            Vec value[3];
+            for (int r = 0; r < rows; r++) value[r] = load(x + r * STEP + k * W);
+            for (int p = 0; p < PANEL; p++)
+                for (int r = 0; r < rows; r++)
+                    local[r * PANEL + p] = muladd(w[p], value[r], local[r * PANEL + p]);
+        }
+    for (int i = 0; i < rows * PANEL; i++) sums[i] = local[i];
+}
+
+/* PANEL outputs of many rows, over steps from to end; the weights are scaled before the sums. */
+static TARGET void ISA(many_rows)(
+    const Multiply *job, Planes planes, int64_t n, int64_t high, int64_t from, int64_t end) {
+    const int rows = (int)job->rows;
+    Vec sums[MAX_ROWS * PANEL], w[DEPTH * 8 * PANEL];
+    for (int i = 0; i < rows * PANEL; i++) sums[i] = set1(0);
+    for (int64_t s = from; s < end; s += DEPTH) {
+        const int steps = (int)least(DEPTH, end - s);
+        for (int p = 0; p < PANEL; p++)
+            for (int i = 0; i < steps; i++) {
+                const uint8_t *codes;
+                uint8_t padded[STEP / 2];
+                const Vec scale = ISA(find)(job, least(n + p, high - 1), s + i, &codes, padded);
+                Vec v[8];
+                unpack(planes, codes, v);
+                for (int k = 0; k < 8; k++) w[(i * 8 + k) * PANEL + p] = mul(v[k], scale);
+            }
+        const float *x = job->arranged + s * rows * STEP;
+        for (int r = 0; r < rows; r += 3, x += 3 * STEP) switch (rows - r) {
+                case 1: ISA(add_panel)(w, steps, x, rows * STEP, 1, sums + r * PANEL); break;
+                case 2: ISA(add_panel)(w, steps, x, rows * STEP, 2, sums + r * PANEL); break;
+                default: ISA(add_panel)(w, steps, x, rows * STEP, 3, sums + r * PANEL);
+            }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PANEL && n + p < high; p++) {
+            float *y = &job->y[r * job->outputs + n + p];
+            *y = (from ? *y : 0) + total(sums[r * PANEL + p]);
+        }
 }
 
 static TARGET void ISA(multiply)(const void *data, int64_t low, int64_t high) {
     const Multiply *job = data;
     const Planes planes = new_planes(job->values);
-    for (int64_t n = low; n < high; n++) switch (job->rows) { /* a few sums stay in registers */
-            case 1: ISA(output)(job, planes, n, 1); break;
-            case 2: ISA(output)(job, planes, n, 2); break;
-            case 3: ISA(output)(job, planes, n, 3); break;
-            case 4: ISA(output)(job, planes, n, 4); break;
-            default: ISA(output)(job, planes, n, (int)job->rows);
-        }
+    if (job->rows <= 4) {
+        for (int64_t n = low; n < high; n++) switch (job->rows) {
+                case 1: ISA(few_rows)(job, planes, n, 1); break;
+                case 2: ISA(few_rows)(job, planes, n, 2); break;
+                case 3: ISA(few_rows)(job, planes, n, 3); break;
+                case 4: ISA(few_rows)(job, planes, n, 4); break;
+            }
+        return;
+    }
+    const int64_t steps = (job->columns + STEP - 1) / STEP;
+    const int64_t span = CACHED / (job->rows * STEP * DEPTH) * DEPTH + DEPTH;
+    for (int64_t s = 0; s < steps; s += span)
+        for (int64_t n = low; n < high; n += PANEL)
+            ISA(many_rows)(job, planes, n, high, s, least(s + span, steps));
 }
 
 #undef STEP

@@ -21,9 +21,10 @@ from torch import Tensor
 from peftc.kernels import nf4
 from peftc.kernels.nf4 import Codebook
 
-FEW_ROWS = 24  # up to which `multiply` is faster than to dequantize and let torch multiply
+FEW_ROWS = 64  # up to which `multiply` beats dequantizing for torch to multiply
 _EXTENSION = "peftc.kernels._nf4_cpu"
 _STEP = 128  # weights that the widest vectors take at once
+_MAX_ROWS = 64  # of x that are arranged at once
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _local = threading.local()
@@ -81,10 +82,10 @@ def decode(
 def multiply(
     x: Tensor, codes: Tensor, absmax: Tensor, out_features: int, block_size: int, codebook: Codebook
 ) -> Tensor:
-    """The product of a few rows and a quantized matrix's transpose.
+    """The product of x and a quantized matrix's transpose, fast for few rows.
 
     Args:
-        x: (rows, columns), fp32, at most 64 rows and whole blocks of columns.
+        x: (rows, columns), fp32; a row is whole blocks.
         codes: Of a matrix (out_features, columns).
         absmax: Likewise, fp32.
         out_features: The rows of the matrix.
@@ -96,7 +97,7 @@ def multiply(
     """
     rows, columns = x.shape
     result = torch.empty(rows, out_features)
-    arranged = scratch(rows * -(-columns // _STEP) * _STEP)
+    arranged = scratch(min(rows, _MAX_ROWS) * -(-columns // _STEP) * _STEP)
     values, sizes = nf4.codebook(codebook), (rows, columns, out_features, block_size)
     _run("multiply", x, codes, absmax, values, arranged, result, *sizes)
     return result

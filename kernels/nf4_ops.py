@@ -16,7 +16,8 @@ from torch import Tensor
 
 from peftc.kernels import nf4, nf4_native
 
-TILE_BYTES = 8 << 20  # of fp32 weight that is dequantized at once where torch multiplies
+# What is dequantized at once where torch multiplies: x is read again for each tile.
+TILE_ROWS, TILE_BYTES = 1024, 64 << 20
 
 _library: Any = torch.library.Library("peftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _STATE = "Tensor codes, Tensor absmax, Tensor? outer, Tensor? offset"
@@ -108,7 +109,8 @@ class _Tiles:
         self.block_size, self.codebook = block_size, codebook
         # A tile starts with a block, so that its codes and absmax are slices.
         unit = block_size // math.gcd(block_size, max(1, columns))
-        self.step = max(unit, TILE_BYTES // 4 // max(1, columns) // unit * unit)
+        rows = min(TILE_ROWS, TILE_BYTES // 4 // max(1, columns))
+        self.step = max(unit, rows // unit * unit)
 
     def __call__(self, low: int, high: int) -> Tensor:
         """Rows low to high in fp32; valid until the next call on this thread."""
