@@ -43,7 +43,7 @@ class Nf4(Targets, Pass):
     @classmethod
     def _known(cls, size: int) -> int:
         if size not in _BLOCK_SIZES:
-            raise ValueError(f"{size} is none of {', '.join(map(str, _BLOCK_SIZES))}")
+            raise ValueError(f"must be one of {', '.join(map(str, _BLOCK_SIZES))}")
         return size
 
     def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:

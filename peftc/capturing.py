@@ -15,7 +15,7 @@ from torch import nn
 from peftc import graphs
 from peftc.checkpoint import Checkpoint, resolve
 from peftc.constants import Constant, Held, Leaf, Packed, derive
-from peftc.conversion import arrange
+from peftc.conversion import Arrangement, arrange
 from peftc.errors import CaptureError
 from peftc.evaluate import value
 from peftc.four_bit import parts_of, turned, unpacked
@@ -65,7 +65,8 @@ class CheckpointSource:
 
     def constants(self) -> dict[str, Constant]:
         """What is stored, by its names in the output; a quantized weight is one constant."""
-        return unpacked({key: Leaf(ref) for key, ref in self.checkpoint.tensors.items()})
+        tensors = unpacked({key: Leaf(ref) for key, ref in self.checkpoint.tensors.items()})
+        return _as_live(tensors, self.outline)
 
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
         """Loads the model with transformers, in eval mode; quantized weights are left out."""
@@ -84,7 +85,8 @@ class CheckpointSource:
         config = config_of(self.checkpoint)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        state = {key: _placed(constant) for key, constant in stored.items()}
+        fused = _arranged(stored, self.outline).places
+        state = {key: value(c) if key in fused else _placed(c) for key, c in stored.items()}
         model: Any = architecture(self.checkpoint).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype or "auto"
         )
@@ -162,6 +164,22 @@ def _traced(module: nn.Module) -> Roles | None:
     return _roles[module]
 
 
+def _arranged(tensors: Mapping[str, Constant], outline: Outline) -> Arrangement:
+    shapes = {key: constant.spec.shape for key, constant in tensors.items()}
+    return arrange(shapes, outline.conversions, outline.tensors, outline.prefix)
+
+
+def _as_live(tensors: dict[str, Constant], outline: Outline) -> dict[str, Constant]:
+    """Quantized weights, all stored as (out, in), as their modules have them."""
+    packed = {key: c for key, c in tensors.items() if isinstance(c, Packed)}
+    if not packed:
+        return tensors
+    stored = _arranged(tensors, outline).stored
+    sites = {key: outline.sites.get(stored[key].removesuffix(".weight")) for key in packed}
+    turning = {key for key, site in sites.items() if site and restore(site.kind).transposed}
+    return {**tensors, **{key: turned(packed[key]) for key in turning}}
+
+
 def _placed(constant: Constant) -> torch.Tensor:
     """A tensor to build a model of; for a quantized weight one that takes no memory."""
     if isinstance(constant, Packed):
@@ -201,8 +219,7 @@ def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Progr
         CaptureError: The tensors are not what the outline asks for.
     """
     outline, checkpoint = source.outline, source.checkpoint
-    shapes = {key: constant.spec.shape for key, constant in tensors.items()}
-    found = arrange(shapes, outline.conversions, outline.tensors, outline.prefix)
+    found = _arranged(tensors, outline)
     # What is not read as the live tensor of its name must not be taken for it.
     stored = {
         k: f"{k} (as stored)" if k in found.unread else fqn for k, fqn in found.stored.items()
@@ -224,10 +241,6 @@ def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Progr
     for fqn, matrices in found.fused.items():
         stacked = parts[matrices[0][0]].index is not None
         constants[fqn] = _fused([[tensors[key] for key in keys] for keys in matrices], stacked)
-    for fqn, found_site in outline.sites.items():
-        weight = constants.get(f"{fqn}.weight")
-        if isinstance(weight, Packed) and restore(found_site.kind).transposed:
-            constants[f"{fqn}.weight"] = turned(weight)
     wrong = [
         f"{fqn}: {list(constants[fqn].spec.shape)} instead of {list(shape)}"
         for fqn, shape in outline.tensors.items()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from peftc.constants import Derived, Held, Initial, Leaf
 from peftc.graphs import Spec, operator
 
 Take = Callable[[int, int], torch.Tensor]  # elements low to high of an operand
@@ -45,17 +46,32 @@ class Piece:
 
 
 class _LastAbsmax(threading.local):
-    """The absmax that quantizing gave beside the codes, for when they are asked next."""
+    """The absmax that quantizing gave beside the codes, for when they are asked next.
 
-    KEPT = 1024
+    Only those of one constant are kept, as it is: a file or a tensor in memory may change.
+    """
 
     def __init__(self) -> None:
-        self.pieces: dict[tuple[Hashable, ...], torch.Tensor] = {}
+        self.state: Hashable = None
+        self.pieces: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def keep(self, key: tuple[Hashable, ...], absmax: torch.Tensor) -> None:
-        if len(self.pieces) >= self.KEPT:
-            del self.pieces[next(iter(self.pieces))]
-        self.pieces[key] = absmax
+    def of(self, identity: Hashable) -> dict[tuple[int, int, int], torch.Tensor]:
+        """Those of an operand, by block size, start and end; it may be no constant."""
+        state = _state(identity)
+        if state is None or state != self.state:
+            self.state, self.pieces = state, {}
+        return self.pieces
+
+
+def _state(identity: Hashable) -> Hashable:
+    """What a constant's value depends on at this moment; None for what is no constant."""
+    if isinstance(identity, Leaf):
+        return identity.ref, identity.ref.file.stat().st_mtime_ns
+    if isinstance(identity, Held):
+        return identity, identity.tensor._version
+    if isinstance(identity, Derived):
+        return identity, *map(_state, identity.inputs.values())
+    return identity if isinstance(identity, Initial) else None
 
 
 _last = _LastAbsmax()
@@ -65,7 +81,7 @@ def _codes(piece: Piece) -> torch.Tensor:
     take, size, codebook = piece.args
     start, end = piece.blocks(2 * piece.low, 2 * piece.high, size)
     codes, absmax = operator("peftc.nf4_quantize.default")(take(start, end), size, codebook)
-    _last.keep((piece.identity, size, start, end), absmax)
+    _last.of(piece.identity)[size, start, end] = absmax
     result: torch.Tensor = codes[piece.low - start // 2 : piece.high - start // 2]
     return result
 
@@ -73,10 +89,10 @@ def _codes(piece: Piece) -> torch.Tensor:
 def _absmax(piece: Piece) -> torch.Tensor:
     take, size = piece.args
     start, end = piece.blocks(piece.low * size, piece.high * size, size)
-    key = piece.identity, size, start, end
-    if key not in _last.pieces:
-        _last.keep(key, operator("peftc.nf4_absmax.default")(take(start, end), size))
-    return _last.pieces[key]
+    known, key = _last.of(piece.identity), (size, start, end)
+    if key not in known:
+        known[key] = operator("peftc.nf4_absmax.default")(take(start, end), size)
+    return known[key]
 
 
 def _dequantized(piece: Piece) -> torch.Tensor:

@@ -27,6 +27,7 @@ CODEBOOKS = ("nf4", "fp4")
 NESTED_BLOCK_SIZE = 256
 _OFFSET_LENGTH = 24  # of a number in JSON, at most
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, RecursionError)
 _MAPS = {".quant_map": "codebook", ".nested_quant_map": "dynamic"}
 
 
@@ -161,7 +162,10 @@ def _map(name: str) -> Constant:
 
 def parts_of(names: Mapping[str, Any]) -> dict[str, list[str]]:
     """The names that make up each quantized weight, by the weight's own."""
-    found = {name[: name.index(STATE)]: [name] for name in names if STATE in name}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if STATE in name:
+            found.setdefault(name[: name.index(STATE)], []).append(name)
     for name in names:
         for suffix in (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"):
             if name.endswith(suffix) and (owner := name.removesuffix(suffix)) in found:
@@ -206,7 +210,9 @@ def _read(name: str, tensors: Mapping[str, Constant], names: list[str]) -> Packe
         CheckpointError: It is not what its description says.
     """
     suffixes = {full.removeprefix(name): tensors[full] for full in names}
-    key = next(suffix for suffix in suffixes if suffix.startswith(STATE))
+    key, *more = (suffix for suffix in suffixes if suffix.startswith(STATE))
+    if more:
+        raise _damaged(name, f"is described twice: {key} and {more[0]}")
     form, spec, offset = _description(name, key, suffixes[key])
     wanted = {".absmax", ".quant_map"}
     if form.nested:
@@ -231,6 +237,9 @@ def _read(name: str, tensors: Mapping[str, Constant], names: list[str]) -> Packe
             )
     if (suffixes[".absmax"].spec.dtype == torch.uint8) != form.nested:
         raise _damaged(name, "its absmax are bytes only with double quantization")
+    scales = suffixes[".nested_absmax" if form.nested else ".absmax"].spec.dtype
+    if not scales.is_floating_point:
+        raise _damaged(name, f"its absmax are {scales}, which holds no scales")
     for suffix, what in _MAPS.items():
         if suffix in suffixes:
             book = form.codebook if what == "codebook" else what
@@ -249,19 +258,20 @@ def _read(name: str, tensors: Mapping[str, Constant], names: list[str]) -> Packe
 def _description(name: str, key: str, state: Constant) -> tuple[FourBit, Spec, float]:
     """The format, the weight's spec and the nested offset, out of the JSON of a quant state."""
     try:
-        assert isinstance(state, Leaf) and len(state.spec.shape) == 1
-        assert state.spec.nbytes < 1 << 16
+        if not isinstance(state, Leaf) or len(state.spec.shape) != 1 or state.spec.nbytes >> 16:
+            raise ValueError(state.spec)
         content = json.loads(bytes(read(state).numpy()))
-        shape = tuple(content["shape"])
-        form = FourBit(content["quant_type"], content["blocksize"], "nested_offset" in content)
+        shape, size = tuple(content["shape"]), content["blocksize"]
+        form = FourBit(content["quant_type"], size, "nested_offset" in content)
         spec = Spec(shape, _DTYPES[content["dtype"]])
-        fits = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-        nested = content.get("nested_blocksize", NESTED_BLOCK_SIZE) == NESTED_BLOCK_SIZE
-        assert fits and nested and key == STATE + form.codebook
-        assert form.block_size in BLOCK_SIZES and form.codebook in CODEBOOKS
         offset = float(content.get("nested_offset", 0.0))
-        assert math.isfinite(offset)
-    except (AssertionError, KeyError, TypeError, ValueError, RecursionError) as error:
+        fits = len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        known = form.codebook in CODEBOOKS and type(size) is int and size in BLOCK_SIZES
+        nested = content.get("nested_blocksize", NESTED_BLOCK_SIZE) == NESTED_BLOCK_SIZE
+        finite = math.isfinite(offset)
+        if not (fits and known and nested and finite and key == STATE + form.codebook):
+            raise ValueError(content)
+    except _MALFORMED as error:
         raise _damaged(
             name, f"{name}{key} does not describe a 4-bit weight of two dimensions"
         ) from error

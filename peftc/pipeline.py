@@ -178,7 +178,11 @@ def _measure(
         )
         if not error < float("inf"):
             raise ProofError(
-                f"pass {title} gives values that are not finite", where=fqn, fix=_REPORT
+                f"pass {title} gives values that are not finite",
+                where=fqn,
+                fix="look for a NaN or an infinity in its weight, and repair or exclude it"
+                if effect is Effect.BOUNDED
+                else _REPORT,
             )
         if error and fqn in origins:
             raise ProofError(

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from peftc.capturing import CheckpointSource
 from peftc.checkpoint import INDEX, read_json
 from peftc.constants import Constant, Packed
@@ -24,19 +26,20 @@ QUANTIZATION = "quantization_config"
 
 
 def packed_weights(program: Program) -> dict[str, Packed]:
-    """The quantized weights, by their names in the model."""
+    """The weights that are written in 4 bits, by their names in the checkpoint."""
     return {
-        fqn: constant
-        for fqn in dict.fromkeys(program.stored.values())
-        if isinstance(constant := program.constants[fqn], Packed)
+        key: constant
+        for key in program.stored
+        if isinstance(constant := program.written(key), Packed)
     }
 
 
 def contents(program: Program, file: OutputFile) -> list[tuple[str, Constant]]:
     """The tensors to write into a file of the source's layout, in order.
 
-    Where a tensor's bytes would not start at a multiple of its elements' size, those of large
-    elements come first, as safetensors itself writes them: its readers map files into memory.
+    The source's own order is kept where it has these tensors. Where a tensor's bytes would not
+    start at a multiple of its elements' size, those of large elements come first, as safetensors
+    itself writes them: its readers map files into memory.
     """
     found: list[tuple[str, Constant]] = []
     for key in file.tensors:
@@ -44,6 +47,9 @@ def contents(program: Program, file: OutputFile) -> list[tuple[str, Constant]]:
         parts = constant.parts if isinstance(constant, Packed) else {"": constant}
         found += [(key + suffix, part) for suffix, part in parts.items()]
     if any(isinstance(program.written(key), Packed) for key in file.tensors):
+        before = {key: i for i, key in enumerate(file.original.tensors if file.original else ())}
+        if dict(found).keys() == before.keys():
+            found.sort(key=lambda item: before[item[0]])
         position, aligned = 0, True
         for _, part in found:
             aligned &= position % part.spec.dtype.itemsize == 0
@@ -95,25 +101,30 @@ def quantization_config(program: Program, old: Mapping[str, Any] | None) -> dict
     packed = packed_weights(program)
     if not packed:
         return None
+    if old and _as_captured(program, packed) and not program.source.edited():
+        return dict(old)
     first = next(iter(packed.values()))
     form: FourBit = first.format
+    asked = [constant.format.compute for constant in packed.values() if constant.format.compute]
+    known = (old or {}).get("bnb_4bit_compute_dtype")
     fresh = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": form.codebook,
         "bnb_4bit_use_double_quant": form.nested,
-        "bnb_4bit_compute_dtype": form.compute or str(first.spec.dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": (asked or [known or _name(first.spec.dtype)])[0],
+        "bnb_4bit_quant_storage": _name(_look(first)[1]),
         "llm_int8_skip_modules": _skipped(program, packed),
     }
-    return dict(old) if old and _as_captured(program, packed) else {**(old or {}), **fresh}
+    return {**(old or {}), **fresh}
 
 
 def _skipped(program: Program, packed: Mapping[str, Packed]) -> list[str]:
     """The linear layers that are not quantized, so written that transformers finds just those."""
     sites = [site for site in program.sites.values() if site.kind.name in LINEARS]
-    kept = [site.fqn for site in sites if site.name("weight") not in packed]
+    names = {program.stored[key] for key in packed}
+    kept = [site.fqn for site in sites if site.name("weight") not in names]
     others = {site.fqn for site in sites} - set(kept)
     # It matches beginnings up to a dot, and any ending.
     return sorted(
@@ -127,8 +138,17 @@ def _skipped(program: Program, packed: Mapping[str, Packed]) -> list[str]:
 def _as_captured(program: Program, packed: Mapping[str, Packed]) -> bool:
     """Whether just those weights are quantized that were, and in no other way."""
     before = {
-        fqn: constant.format
-        for fqn in program.stored.values()
-        if isinstance(constant := program.captured[fqn], Packed)
+        key: program.parts[key].leaf if key in program.parts else program.captured[fqn]
+        for key, fqn in program.stored.items()
     }
-    return before == {fqn: constant.format for fqn, constant in packed.items()}
+    were = {key: _look(c) for key, c in before.items() if isinstance(c, Packed)}
+    return were == {key: _look(constant) for key, constant in packed.items()}
+
+
+def _look(packed: Packed) -> tuple[FourBit, torch.dtype]:
+    """What the config says of a weight: its format, and the dtype that its codes are stored as."""
+    return packed.format, packed.parts[""].spec.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
