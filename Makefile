@@ -26,6 +26,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/quantize.py
 	$(BIN)/python benchmarks/nf4_linear.py
 	$(BIN)/python benchmarks/nf4_perplexity.py
+	$(BIN)/python benchmarks/nf4_survival.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peftc.kernels import nf4, nf4_native, nf4_ops  # noqa: F401 (nf4_ops registers the operators)
+from peftc.kernels import nf4, nf4_native, nf4_ops
 
 SHAPES = ("576x1536", "2048x2048", "4096x4096", "4096x11008")
 ROWS = (1, 4, 16, 64, 512)
@@ -102,7 +102,7 @@ def linears(weight: Tensor) -> dict[str, Callable[[Tensor], Any]]:
     codes, absmax = torch.ops.peftc.nf4_quantize(weight, *form[1:])
     narrow = weight.bfloat16()
     found: dict[str, Callable[[Tensor], Any]] = {
-        "peftc": lambda x: torch.ops.peftc.nf4_linear(x, codes, absmax, None, None, None, *form),
+        "peftc": lambda x: nf4_ops.linear(x, codes, absmax, None, None, None, *form),
         "fp32": lambda x: functional.linear(x, weight),
         "bf16": lambda x: functional.linear(x.bfloat16(), narrow),
     }

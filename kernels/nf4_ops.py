@@ -158,6 +158,18 @@ def _linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
+def linear(x: Tensor, *args: Any) -> Tensor:
+    """`peftc::nf4_linear`; past the dispatcher, which takes half of a small layer's time.
+
+    So it is where nobody needs to see the operator: without gradients, compilation or tracing.
+    """
+    seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
+    if seen or x.device.type != "cpu":
+        result: Tensor = torch.ops.peftc.nf4_linear.default(x, *args)
+        return result
+    return _linear(x, *args)
+
+
 def _linear_backward(
     grad: Tensor,
     codes: Tensor,
@@ -195,7 +207,7 @@ def _lora(
     wide = x.float()
     y = _linear(wide, codes, absmax, outer, offset, bias, b.shape[0], block_size, codebook)
     flat = y.view(-1, b.shape[0])
-    flat.addmm_((wide @ a.float().t()).view(flat.shape[0], -1), b.float().t(), alpha=scale)
+    flat.addmm_((wide @ a.float().t()).view(-1, a.shape[0]), b.float().t(), alpha=scale)
     return y.to(x.dtype)
 
 
@@ -277,10 +289,12 @@ def _lora_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, absmax, outer, offset, a, b = ctx.saved_tensors
     rows = grad.reshape(-1, grad.shape[-1])
     inner = (rows.to(b.dtype) @ b) * ctx.scale
-    to_x = torch.ops.peftc.nf4_linear_backward(
-        grad, codes, absmax, outer, offset, x.shape[-1], *ctx.format
-    )
-    to_x = to_x + (inner @ a).to(x.dtype).view(x.shape)
+    to_x = None
+    if ctx.needs_input_grad[0]:
+        to_x = torch.ops.peftc.nf4_linear_backward(
+            grad, codes, absmax, outer, offset, x.shape[-1], *ctx.format
+        )
+        to_x = to_x + (inner @ a).to(x.dtype).view(x.shape)
     flat = x.reshape(-1, x.shape[-1]).to(a.dtype)
     to_a = inner.t() @ flat
     to_b = (rows.to(b.dtype).t() @ (flat @ a.t())) * ctx.scale
@@ -314,3 +328,5 @@ def _on_cuda(name: str, kernel: Any) -> Any:
 
 for _name in ("dequantize", "linear", "linear_backward", "lora"):
     _library.impl(f"nf4_{_name}", _on_cuda(_name, _KERNELS[f"nf4_{_name}"]), "CUDA")
+
+EAGER = {torch.ops.peftc.nf4_linear.default: linear}

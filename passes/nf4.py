@@ -82,13 +82,21 @@ class Nf4(Targets, Pass):
         )
 
 
+def _wide(program: Program) -> tuple[str, ...]:
+    """Parts of names whose modules transformers keeps in fp32."""
+    if (outline := getattr(program.source, "outline", None)) is not None:
+        return tuple(outline.wide)
+    module = getattr(program.source, "module", None)
+    return tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+
+
 def _obstacle(program: Program, site: Site) -> tuple[str, str] | None:
     """Why a site cannot be quantized so that transformers loads it, and what to do."""
     from peftc.constants import Packed
     from peftc.sites import template
 
     weight = site.name("weight")
-    wide = getattr(getattr(program.source, "outline", None), "wide", ())
+    wide = _wide(program)
     keys = [key for key, fqn in program.stored.items() if fqn == weight]
     if site.kind.name not in LINEARS or site.plain is not template(site.kind, site.bias):
         return f"is of a kind that is not quantized ({site.kind.name})", "exclude it"

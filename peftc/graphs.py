@@ -235,14 +235,24 @@ def restore(rows: Iterable[Any]) -> fx.Graph:
 @cache
 def operator(name: str) -> Any:
     """An overload by its name, such as `aten.mm.default`; a kernel's module is imported for it."""
+    _provider(name)
     found = torch.ops
-    namespace, packet, overload = name.split(".")
-    for prefix, module in _PROVIDERS.items():
-        if namespace == "peftc" and packet.startswith(prefix):
-            import_module(module)
-    for part in (namespace, packet, overload):
+    for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+def eager(target: Any) -> Any:
+    """What a live model calls for an operator: what its kernels name for that, else itself."""
+    provider = _provider(str(target))
+    return getattr(provider, "EAGER", {}).get(target, target)
+
+
+def _provider(name: str) -> Any:
+    """The module that registers an operator, imported; None for torch's and core's own."""
+    own = (module for prefix, module in _PROVIDERS.items() if name.startswith(f"peftc.{prefix}"))
+    module = next(own, None)
+    return import_module(module) if module else None
 
 
 def propagate(

@@ -289,7 +289,7 @@ def function_of(graph: fx.Graph, prefix: str = "") -> Callable[..., torch.Tensor
             node.target = prefix if node.target == "weight" else f"{prefix}_{node.target}"
         elif node.op == "call_module" and prefix:
             node.target = f"{prefix}_{node.target}"
-        node.target = _FAST.get(node.target, node.target)
+        node.target = _FAST.get(node.target) or graphs.eager(node.target)
     code = fast.python_code("self")
     namespace = dict(code.globals)
     exec(code.src, namespace)
