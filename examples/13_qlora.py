@@ -40,7 +40,7 @@ quantized = folder / "qlora" / "base"
 def merge(name: str, **how: str) -> None:
     try:
         report = peftc.export(
-            quantized, folder / name, merge=True, adapters=adapter, original=base, **how
+            quantized, folder / name, merge=True, adapters=adapter, **how
         ).manifest["merge"]
     except ProofError as error:
         print(f"{name}: refused: {error.what}")

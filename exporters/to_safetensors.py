@@ -8,6 +8,7 @@ from typing import Any
 
 from peftc.artifact import SCHEMA, Artifact, Staging, digest, key_of, staging, versions
 from peftc.constants import Constant, Derived, Leaf
+from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError
 from peftc.link import link, plan
 from peftc.program import Program
@@ -25,6 +26,7 @@ def to_safetensors(
     workers: int | None = None,
     progress: Progress = SILENT,
     remarks: Mapping[str, Any] | None = None,
+    head: HeadStart | None = None,
 ) -> Artifact:
     """Writes, proves and publishes a program's checkpoint.
 
@@ -37,6 +39,7 @@ def to_safetensors(
         workers: Threads that compute; default: one per core.
         progress: Told of the stages link, prove and publish, and of every byte written.
         remarks: What else the manifest is to say.
+        head: What was copied before the program was known.
 
     Raises:
         ArtifactError: The target cannot be written, or the program still carries adapters.
@@ -53,11 +56,12 @@ def to_safetensors(
     before = states(program)
     need = sum(shard.size for shard in plan(program))
     key = key_of(program.fingerprint, before, versions(), proof)
+    claim = head.hand_over(before) if head else None
     with staging(
-        target, key=key, need=need, sources=folders(program), overwrite=overwrite
+        target, key=key, need=need, sources=folders(program), overwrite=overwrite, claim=claim
     ) as stage:
         progress.stage("link", need)
-        measured = write_model(program, stage, workers=workers, progress=progress)
+        measured = write_model(program, stage, workers=workers, progress=progress, head=head)
         progress.stage("prove")
         proved = {"site": site_proof(program, measured)}
         if wants_whole(program, proof):
@@ -79,12 +83,14 @@ def write_model(
     folder: str = "",
     workers: int | None = None,
     progress: Progress = SILENT,
+    head: HeadStart | None = None,
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
     kept = {name: path.read_bytes() for name, path in program.source.companions().items()}
     for name, content in {**kept, **edited(program)}.items():
         stage.add(folder + name, content)
-    return link(program, stage, folder, workers=workers, watch=watcher(program), progress=progress)
+    watch = watcher(program)
+    return link(program, stage, folder, workers=workers, watch=watch, progress=progress, head=head)
 
 
 def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from peftc.artifact import MANIFEST, Artifact, key_of, staging
 from peftc.capturing import capture
 from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass
+from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
@@ -62,16 +63,6 @@ def load(source: str | Path, progress: Progress = SILENT) -> Program:
             )
         return Pipeline([Attach(path=str(path))]).run(capture(base), progress)
     return capture(source)
-
-
-def original_of(source: str | Path) -> Path | None:
-    """The checkpoint that a quantized one was made from, where peftc made it and it is there."""
-    path = resolve(source)
-    if not (path / MANIFEST).is_file():
-        return None
-    origin = Artifact.open(path).manifest["source"].get("path")
-    quantizes = origin and (Path(origin) / "config.json").is_file()
-    return Path(origin) if quantizes else None
 
 
 def _load_applied(artifact: Artifact, progress: Progress) -> Program:
@@ -224,6 +215,7 @@ def export(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress = SILENT,
+    head: HeadStart | None = None,
 ) -> Artifact:
     """Makes an artifact: attaches adapters, merges them, writes and proves the result.
 
@@ -243,6 +235,7 @@ def export(
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
         progress: Told of every pass, stage and byte.
+        head: What the caller began to copy before it imported this, with the same arguments.
 
     Raises:
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
@@ -256,8 +249,13 @@ def export(
             raise ArtifactError(
                 "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
             )
-        known = original or original_of(source)
-        program, report = merge_adapters(program, merge_base, then, known, force, progress)
+        program, report = merge_adapters(program, merge_base, then, original, force, progress)
+    elif merge_base or then or original:
+        raise ArtifactError(
+            "merge_base, then and original say how to merge, and nothing is merged",
+            where=str(source),
+            fix="add merge=True, or leave them out",
+        )
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     return to_safetensors(
@@ -268,4 +266,5 @@ def export(
         workers=workers,
         progress=progress,
         remarks={"merge": report} if report else {},
+        head=head,
     )

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,8 @@ from peftc.errors import ArtifactError, PeftcError, raise_all
 MANIFEST = "peftc.json"
 KINDS = ("apply", "model", "adapter")
 SCHEMA = 1
+LOG = "done.jsonl"  # in a staging directory: what is finished
+AHEAD = "ahead"  # in one too: what was copied before it was known to be needed
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Staging:
         self.path, self.target = root / "tree", target
         self.files: dict[str, Sealed] = {}
         self.notes: dict[str, Any] = {}
-        self._log = root / "done.jsonl"
+        self._log = root / LOG
         first, *rest = _lines(self._log) or [{}]
         if first != {"key": key}:
             rest = []
@@ -99,7 +101,6 @@ class Staging:
         self.path.replace(self.target)
         fsync_folder(self.target.parent)
         shutil.rmtree(previous, ignore_errors=True)
-        shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._log.open("a") as log:
@@ -110,7 +111,13 @@ class Staging:
 
 @contextmanager
 def staging(
-    target: Path, *, key: str, need: int, sources: list[Path], overwrite: bool = False
+    target: Path,
+    *,
+    key: str,
+    need: int,
+    sources: list[Path],
+    overwrite: bool = False,
+    claim: Path | None = None,
 ) -> Iterator[Staging]:
     """Opens the staging directory of a target, `.NAME.peftc-staging` beside it.
 
@@ -120,12 +127,31 @@ def staging(
         need: The bytes that will be written.
         sources: Directories that are read, and must not be written into.
         overwrite: Replace an artifact that peftc wrote.
+        claim: The staging directory, where the caller has claimed it already.
 
     Raises:
         ArtifactError: The target exists, lies in a source, does not fit on the disk, or another run
             is writing it.
     """
-    raise_all(_obstacles(target, need, sources, overwrite))
+    raise_all(obstacles(target, need, sources, overwrite))
+    with nullcontext(claim) if claim else claimed(target) as root:
+        try:
+            yield Staging(root, target.absolute(), key)
+        except OSError as error:
+            raise ArtifactError(
+                f"could not be written: {error.strerror or error}",
+                where=str(target),
+                fix="make room on the disk, or choose another place",
+            ) from error
+
+
+@contextmanager
+def claimed(target: Path) -> Iterator[Path]:
+    """Makes and locks the staging directory of a target, and removes it, unless killed.
+
+    Raises:
+        ArtifactError: It cannot be made, or another run is writing there.
+    """
     target = target.absolute()
     root = target.parent / f".{target.name}.peftc-staging"
     if root.is_symlink():
@@ -148,18 +174,11 @@ def staging(
             raise ArtifactError(
                 "another run of peftc is writing it", where=str(target), fix="wait for it to end"
             ) from error
+        shutil.rmtree(root / AHEAD, ignore_errors=True)  # of a run that was killed
         try:
-            yield Staging(root, target, key)
-        except OSError as error:
+            yield root
+        finally:
             shutil.rmtree(root, ignore_errors=True)
-            raise ArtifactError(
-                f"could not be written: {error.strerror or error}",
-                where=str(target),
-                fix="make room on the disk, or choose another place",
-            ) from error
-        except BaseException:
-            shutil.rmtree(root, ignore_errors=True)
-            raise
 
 
 def _is_ours(target: Path) -> bool:
@@ -173,7 +192,8 @@ def _is_ours(target: Path) -> bool:
     return True
 
 
-def _obstacles(target: Path, need: int, sources: list[Path], overwrite: bool) -> list[PeftcError]:
+def obstacles(target: Path, need: int, sources: list[Path], overwrite: bool) -> list[PeftcError]:
+    """What stands against writing a target; see `staging`."""
     errors: list[PeftcError] = []
     where, real = str(target), target.resolve()
     if target.exists() or target.is_symlink():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +171,20 @@ def export(
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
-    from peftc.api import export as run
+    from peftc.early import HeadStart
 
-    with terminal.progress() as progress:
-        artifact = run(
-            src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
-            original=original, force=force, format=form, canonical=canonical, rank=rank,
-            proof=proof, overwrite=overwrite, workers=workers, progress=progress,
-        )  # fmt: skip
+    early: AbstractContextManager[HeadStart | None] = nullcontext()
+    if merge and form == "safetensors" and not (merge_base or then or original):
+        early = HeadStart(src, [folder for folder, _ in chosen], target, overwrite)
+    with early as head:  # while torch is imported
+        from peftc.api import export as run
+
+        with terminal.progress() as progress:
+            artifact = run(
+                src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
+                original=original, force=force, format=form, canonical=canonical, rank=rank,
+                proof=proof, overwrite=overwrite, workers=workers, progress=progress, head=head,
+            )  # fmt: skip
     _say_merge(terminal, artifact.manifest.get("merge"))
     _say_proof(terminal, artifact.manifest.get("proof", {}))
     _say_canonical(terminal, artifact.manifest.get("canonical"))
@@ -325,8 +332,9 @@ def _say_merge(terminal: Terminal, report: Mapping[str, Any] | None) -> None:
         terminal.say(
             f"  the original ones are there too: --merge-base original ({report['original']})"
         )
-    sites = report["sites"].items()
-    least, figures = min(sites, key=lambda item: item[1]["share"], default=("", report))
+    if not report["sites"]:  # what was trained is in layers that are not in 4 bits
+        return
+    least, figures = min(report["sites"].items(), key=lambda item: item[1]["share"])
     mark = "[green]✓[/]" if report["share"] >= 0.9 else "[yellow]![/]"
     terminal.say(
         f"{mark} {report['share']:.1%} of the update is left (least: {figures['share']:.1%} at "

@@ -7,7 +7,6 @@ place. Units of work run on one thread per core; each file's hash follows its wr
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import struct
@@ -24,6 +23,7 @@ from blake3 import blake3
 
 from peftc.artifact import Staging
 from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
+from peftc.early import HeadStart, copy_piece, reserve
 from peftc.errors import CheckpointError
 from peftc.evaluate import (
     Evaluation,
@@ -35,12 +35,12 @@ from peftc.evaluate import (
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
 from peftc.reading import read
+from peftc.safetensors_file import TensorRef
 from peftc.storage import contents
 
 UNIT_BYTES = 32 << 20
 _COPY_BYTES = 1 << 20
 _SYNC_BYTES = 256 << 20
-_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Watcher(Protocol):
@@ -86,6 +86,7 @@ def link(
     workers: int | None = None,
     watch: Watch = lambda key: None,
     progress: Progress = SILENT,
+    head: HeadStart | None = None,
 ) -> dict[str, Any]:
     """Writes a program's weight files into a staging directory and seals them.
 
@@ -96,6 +97,7 @@ def link(
         workers: Threads that compute; default: one per core.
         watch: Gives a watcher for a stored tensor, or None.
         progress: Told of every byte written.
+        head: What is copied already.
 
     Returns:
         What the watchers measured, by stored tensor.
@@ -116,7 +118,7 @@ def link(
         ThreadPoolExecutor(workers) as sealers,
     ):
         try:
-            _run(todo, stage, pool, sealers, workers, watch, progress.advance, measured)
+            _run(todo, stage, pool, sealers, workers, watch, progress.advance, measured, head)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             sealers.shutdown(cancel_futures=True)
@@ -133,18 +135,19 @@ def _run(
     watch: Watch,
     on_bytes: Callable[[int], None],
     measured: dict[str, Any],
+    head: HeadStart | None,
 ) -> None:
     outputs = [_Output(stage.path / shard.name, shard) for shard in todo]
     writing: dict[Future[dict[str, Any]], tuple[_Output, int]] = {}
     sealing: dict[Future[str], _Output] = {}
     try:
         for output in outputs:
-            output.create()
+            output.create(head)
             on_bytes(len(output.shard.header))
             sealing[sealers.submit(output.seal)] = output
         for output, number in _order(outputs, workers):
             unit = output.units[number]
-            writing[pool.submit(_write, output.path, unit, watch, on_bytes)] = output, number
+            writing[pool.submit(_write, output, unit, watch, on_bytes)] = output, number
         waiting: set[Future[Any]] = {*writing, *sealing}
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -169,17 +172,18 @@ class _Output:
         self.path, self.shard = path, shard
         self.units = list(_units(shard.entries))
         self.notes: dict[str, Any] = {}
+        self.copied: dict[TensorRef, int] = {}  # bytes of tensors that lie in it already
         self._ended: set[int] = set()
         self._whole = 0  # units that have ended without a gap before them
         self._failed = False
         self._news = Condition()
 
-    def create(self) -> None:
+    def create(self, head: HeadStart | None) -> None:
         """Takes the file's place on the disk and writes its header."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("wb") as file:
-            if hasattr(os, "posix_fallocate") and self.shard.size:
-                os.posix_fallocate(file.fileno(), 0, self.shard.size)
+        self.copied = head.adopt(self.shard.name, self.path) if head else {}
+        with self.path.open("r+b" if self.copied else "wb") as file:
+            reserve(file.fileno(), self.shard.size)
             file.write(self.shard.header)
 
     def finish(self, number: int, notes: Mapping[str, Any]) -> None:
@@ -292,14 +296,17 @@ def _units(entries: tuple[Entry, ...]) -> Iterator[list[Entry]]:
 
 
 def _write(
-    path: Path, unit: list[Entry], watch: Watch, on_bytes: Callable[[int], None]
+    output: _Output, unit: list[Entry], watch: Watch, on_bytes: Callable[[int], None]
 ) -> dict[str, Any]:
     measured = {}
-    with _descriptor(path, os.O_WRONLY) as out:
+    with _descriptor(output.path, os.O_WRONLY) as out:
         for entry in unit:
             watcher = watch(entry.key)
             if isinstance(entry.constant, Leaf) and watcher is None:
-                _copy(entry.constant, out, entry.start, on_bytes)
+                ref = entry.constant.ref
+                done = output.copied.get(ref, 0) if ref.start == entry.start else 0
+                on_bytes(done)
+                _copy(ref, done, out, entry.start, on_bytes)
                 continue
             for low, high, rows in _pieces(entry.constant):
                 data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -330,25 +337,21 @@ def _pieces(constant: Constant) -> Iterator[tuple[int, int, torch.Tensor]]:
         yield 0, _length(constant), value(constant)
 
 
-def _copy(leaf: Leaf, out: int, offset: int, on_bytes: Callable[[int], None]) -> None:
-    """Copies a tensor's bytes within the kernel, or through memory where it cannot."""
-    start, left = leaf.ref.start, leaf.ref.nbytes
-    with _descriptor(leaf.ref.file, os.O_RDONLY) as source:
-        while left:
-            count = min(left, _COPY_BYTES)
-            try:
-                done = os.copy_file_range(source, out, count, start, offset)
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-                done = os.pwrite(out, os.pread(source, count, start), offset)
+def _copy(
+    ref: TensorRef, position: int, out: int, offset: int, on_bytes: Callable[[int], None]
+) -> None:
+    """Copies a tensor's bytes from `position` on; its place in `out` begins at `offset`."""
+    with _descriptor(ref.file, os.O_RDONLY) as source:
+        while position < ref.nbytes:
+            count = min(ref.nbytes - position, _COPY_BYTES)
+            done = copy_piece(source, out, count, ref.start + position, offset + position)
             if not done:
                 raise CheckpointError(
                     "was truncated while it was read",
-                    where=str(leaf.ref.file),
+                    where=str(ref.file),
                     fix="restore it, and run again",
                 )
-            start, offset, left = start + done, offset + done, left - done
+            position += done
             on_bytes(done)
 
 

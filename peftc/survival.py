@@ -1,10 +1,10 @@
 """Survival: how much of an update is left after the weights it was merged into were quantized.
 
 A dequantized weight lies on the codebook's points, and an update smaller than half the way to the
-next one snaps back when it is quantized again. So per site: the share of the update Δ that is left,
-⟨F − D, Δ⟩ / ⟨Δ, Δ⟩, where D is the quantized base that was trained on and F the weight as written;
-and the error against what was trained, ‖F − T‖ / ‖T‖ with T = D + Δ, which is that of the output on
-white input.
+next one snaps back when it is quantized again. So per site, where D is the quantized base that was
+trained on, T what training made of it, and F the weight as written: the share of the update
+Δ = T − D that is left, ⟨F − D, Δ⟩ / ⟨Δ, Δ⟩; and the error against what was trained, ‖F − T‖ / ‖T‖,
+which is that of the output on white input.
 """
 
 from __future__ import annotations
@@ -31,15 +31,13 @@ class Merging:
     """The forms of one weight on its way.
 
     Attributes:
-        trained: The base that the adapter was trained on, as it is dequantized.
-        base: The base that it was merged into.
-        merged: With the update, before it was rounded or quantized.
-        written: As it is written.
+        base: D, that the adapter was trained on, as it is dequantized.
+        trained: T, that with the update, neither rounded nor quantized.
+        written: F, as it is written.
     """
 
-    trained: Constant
     base: Constant
-    merged: Constant
+    trained: Constant
     written: Constant
 
 
@@ -51,7 +49,7 @@ def survival(mergings: Mapping[str, Merging]) -> dict[str, Any]:
     """
     with single_threaded(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         sums = dict(zip(mergings, pool.map(_sums, mergings.values()), strict=True))
-    whole = torch.stack(list(sums.values())).sum(0)
+    whole = sum(sums.values(), torch.zeros(4))
     return {**_figures(whole), "sites": {fqn: _figures(found) for fqn, found in sums.items()}}
 
 
@@ -70,13 +68,11 @@ def _sums(merging: Merging) -> torch.Tensor:
     forms = {name: _evaluation(constant) for name, constant in vars(merging).items()}
     packed, dtype = isinstance(merging.written, Packed), merging.written.spec.dtype
     for low, high in chunks(merging.base.spec.shape):
-        rows = {name: form.rows(low, high) for name, form in forms.items()}
-        written = rows["written"] if packed else rows["written"].to(dtype).float()
-        update = rows["merged"] - rows["base"]
-        want = rows["trained"] + update
-        lost = written - want
-        pairs = (written - rows["trained"], update), (update, update), (lost, lost), (want, want)
-        sums += torch.stack([(a * b).sum(dtype=torch.float64) for a, b in pairs])
+        base, trained, written = (form.rows(low, high).double() for form in forms.values())
+        written = written if packed else written.to(dtype).double()
+        update, lost = trained - base, written - trained
+        pairs = (written - base, update), (update, update), (lost, lost), (trained, trained)
+        sums += torch.stack([(a * b).sum() for a, b in pairs])
     return sums
 
 
@@ -86,7 +82,7 @@ def _evaluation(constant: Constant) -> Evaluation:
     return Evaluation(intern(build.graph), {"value": constant})
 
 
-def refuse(report: Mapping[str, Any], then: str) -> None:
+def refuse(report: Mapping[str, Any]) -> None:
     """Raises where most of the updates died.
 
     Raises:
@@ -97,9 +93,10 @@ def refuse(report: Mapping[str, Any], then: str) -> None:
     worst = sorted(report["sites"].items(), key=lambda item: item[1]["share"])[:_SHOWN]
     named = ", ".join(f"{fqn} {figures['share']:.0%}" for fqn, figures in worst)
     raise ProofError(
-        f"only {report['share']:.0%} of what was trained is left after quantizing to {then} again "
+        f"only {report['share']:.0%} of what was trained is left after quantizing to 4 bits again "
         f"(at least: {named}); the update is {report['relative_update']:.1%} of the weights, less "
         "than a code's step",
+        where="--then nf4",
         fix="write 16 bits (--then none), quantize from the original weights (--merge-base "
         "original), keep the branch as an adapter (no --merge, --format peft), or --force",
     )
