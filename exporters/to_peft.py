@@ -100,23 +100,26 @@ def write_adapter(
     adapter = program.adapters[name]
     tensors: dict[str, torch.Tensor] = {}
     places: set[int] = set()
-    for key, fqn in adapter.tensors.items():
-        tensor = value(program.constants[fqn]).contiguous()
+    constants = {key: program.constants[fqn] for key, fqn in adapter.tensors.items()}
+    method = adapter.method
+    for key, constant in (method.to_file(constants) if method else constants).items():
+        tensor = value(constant).contiguous()
         # A tied tensor has several names, and the format takes no memory twice.
         tensors[key] = tensor.clone() if tensor.data_ptr() in places else tensor
         places.add(tensor.data_ptr())
-    modules, experts = _targets(program, adapter)
     config = {
         **adapter.config,
         "base_model_name_or_path": base or program.source.name,
         "task_type": _task(program),
         "inference_mode": True,
-        "target_modules": modules,
-        "fan_in_fan_out": any(program.sites[s].kind.name == "conv1d" for s in adapter.sites),
         **(peft_edits(program) or {} if base is None else {}),
     }
-    if experts:
-        config["target_parameters"] = experts
+    if method is None or method.prefixed:
+        modules, experts = _targets(program, adapter)
+        sites = [program.sites[fqn] for fqn in adapter.sites]
+        config["target_modules"] = modules
+        config["fan_in_fan_out"] = any(site.kind.name == "conv1d" for site in sites)
+        config |= {"target_parameters": experts} if experts else {}
     # The patterns keep their order, for the first that matches counts.
     text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
     stage.add(folder + CONFIG, text.encode())

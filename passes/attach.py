@@ -23,7 +23,7 @@ from peftc.errors import (
     raise_all,
 )
 from peftc.registry import method_for
-from peftc.targets import LINEARS, unbound_patterns
+from peftc.targets import LINEARS, named_modules, unbound_patterns
 
 if TYPE_CHECKING:
     from peftc.adapter import AdapterDirectory
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peftc.program import Program
 
 _COMMON = PEFT_PREFIX.removesuffix("model.")  # before the name of what all sites share
+_CLASSIFIERS = ("classifier", "score")
 _SHOWN = 5  # how many of many alike errors are spelled out
 
 
@@ -109,8 +110,9 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
     from peftc.adapter import AdapterDirectory
 
     directory = AdapterDirectory.open(resolve(path))
-    method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
-    given, common, loose, errors = _sort(program, directory, name)
+    method = _method(program, directory).weighted(weight).model_copy(update={"adapter": name})
+    leaves = method.from_file(program, directory.leaves())
+    given, common, loose, errors = _sort(program, directory, leaves, name)
     raise_all(errors)
     given |= {fqn: {} for fqn in _tied(program, method, given)}
     raise_all(_unserved(program, method, list(given)))
@@ -127,8 +129,8 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
     return Bound(attached.rewrite(constants=own), directory)
 
 
-def _method(directory: AdapterDirectory) -> Method:
-    config = directory.config
+def _method(program: Program, directory: AdapterDirectory) -> Method:
+    config = {**directory.config, **_heads(program, directory.config)}
     try:
         return method_for(config).from_peft(config)
     except ValidationError as error:
@@ -142,8 +144,19 @@ def _method(directory: AdapterDirectory) -> Method:
         raise AdapterError(error.what, where=str(directory.path), fix=error.fix) from error
 
 
+def _heads(program: Program, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`modules_to_save` without those that PEFT adds to every classifier's, by either's name."""
+    saved = config.get("modules_to_save")
+    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS") or not isinstance(saved, list):
+        return {}
+    there = [
+        name for name in saved if name not in _CLASSIFIERS or not named_modules([name], program)[1]
+    ]
+    return {"modules_to_save": list(dict.fromkeys(there)) or None}
+
+
 def _sort(
-    program: Program, directory: AdapterDirectory, name: str
+    program: Program, directory: AdapterDirectory, leaves: Mapping[str, Constant], name: str
 ) -> tuple[
     dict[str, dict[str, Constant]], dict[str, Constant], dict[str, Constant], list[PeftcError]
 ]:
@@ -155,7 +168,7 @@ def _sort(
     loose: dict[str, Constant] = {}
     strays: list[str] = []
     experts = _experts(program, directory.config)
-    for key, leaf in directory.leaves().items():
+    for key, leaf in leaves.items():
         path = key.removeprefix(PEFT_PREFIX)
         site, suffix = _place(program, experts, path)
         if path == key and key.startswith(_COMMON):

@@ -16,6 +16,8 @@ from peftc.errors import AdapterError, PassError, PeftcError
 from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peftc.constants import Constant
     from peftc.program import Program
     from peftc.sites import SiteEditor
@@ -114,6 +116,8 @@ class Method(Targets, Pass):
         kinds: The kinds of site that it can serve.
         grouped: Whether it can serve a convolution of several groups.
         additive: Whether all that it does is `add_to_output`, so that a number can weigh it.
+        prefixed: Whether PEFT's files name modules of the model, not just what is trained.
+        apart: Why its sites are no place for weights or for other methods after it, if so.
     """
 
     effect: ClassVar[Effect] = Effect.IDENTITY
@@ -124,6 +128,8 @@ class Method(Targets, Pass):
     kinds: ClassVar[frozenset[str]] = frozenset(LINEARS)
     grouped: ClassVar[bool] = True
     additive: ClassVar[bool] = False
+    prefixed: ClassVar[bool] = True
+    apart: ClassVar[str | None] = None
     _times: float = PrivateAttr(1.0)
 
     adapter: AdapterName = Field("default", description="the adapter's name")
@@ -194,6 +200,19 @@ class Method(Targets, Pass):
         """The start of each constant that these sites share, by its name in PEFT's files."""
         return {}
 
+    def from_file(
+        self, program: Program, tensors: Mapping[str, Constant]
+    ) -> Mapping[str, Constant]:
+        """The tensors of PEFT's file by the names that they would have if it were prefixed."""
+        return tensors
+
+    def to_file(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
+        """The tensors of PEFT's file, from those by such names; the inverse of `from_file`."""
+        return tensors
+
+    def finish(self, model: nn.Module) -> None:
+        """Changes what a live model does beyond its sites, such as what it takes in."""
+
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""
         return program.tensors_of(self.saved(program)[0])
@@ -249,6 +268,16 @@ class Method(Targets, Pass):
                         fix="exclude it",
                     )
                 )
+            errors += [
+                PassError(
+                    f"carries the adapter {other.name!r}, after which nothing may be added: "
+                    f"{other.method.apart}",
+                    where=fqn,
+                    fix="add that one last, and only one such",
+                )
+                for other in program.adapters.values()
+                if fqn in other.sites and other.method and other.method.apart
+            ]
         return errors
 
     def run(self, program: Program) -> PassResult:
