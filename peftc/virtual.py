@@ -30,14 +30,16 @@ class Numbering:
     """Which position each token gets.
 
     Attributes:
-        by_mask: Pads get none, as in transformers' `generate`; else all tokens count, as in PEFT.
+        by_mask: Pads do not count, as in transformers' `generate`; else all do, as in PEFT.
         explicit: Whether forward is told, rather than left to number by itself.
         start: The first position.
+        pads: The position of a pad that does not count.
     """
 
     by_mask: bool
     explicit: bool
     start: int = 0
+    pads: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, rule: Positions) -> Numbering:
@@ -53,14 +55,14 @@ class Numbering:
                 return cls(rule == "mask", takes, int(module.padding_idx) + 1)
             learned = isinstance(module, nn.Embedding)
             if learned and "attention_mask" in signature(module.forward).parameters:
-                return cls(True, takes and rule == "mask")
+                return cls(True, takes and rule == "mask", pads=0 if rule == "mask" else -1)
         return cls(rule == "mask", takes and rule == "mask")
 
     def positions(self, shape: tuple[int, int], mask: Tensor | None, device: Any) -> Tensor:
         """Positions of tokens (batch, length), int64, under a mask of that shape."""
         if self.by_mask and mask is not None:
-            # Pads behind a text keep its last position, so that what is generated goes on from it.
-            return (mask.long().cumsum(-1) - 1).clamp(min=0) + self.start
+            counted = mask.long().cumsum(-1) - 1
+            return counted.masked_fill(mask == 0, self.pads) + self.start
         return torch.arange(shape[1], device=device).expand(shape) + self.start
 
 
@@ -193,6 +195,7 @@ def _forward(cls: Any, tokens: VirtualTokens) -> Callable[..., Any]:
 
 def _generation(cls: Any, tokens: VirtualTokens) -> dict[str, Callable[..., Any]]:
     """What `generate` calls of a model, so that only the model itself sees virtual tokens."""
+    numbered = "position_ids" in signature(cls.forward).parameters
 
     @wraps(cls.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, **given: Any) -> Any:
@@ -200,24 +203,24 @@ def _generation(cls: Any, tokens: VirtualTokens) -> dict[str, Callable[..., Any]
             return cls.prepare_inputs_for_generation(self, input_ids, **given)
         if given.get("inputs_embeds") is not None:
             tokens.extend(given, False)  # which says that it takes none
-        step, first = given.get("next_sequence_length"), given.get("is_first_iteration")
-        positions = given.get("position_ids")
-        if positions is not None and positions.shape[-1] == input_ids.shape[1]:
-            given["position_ids"] = tokens.shifted(positions)
-        if step is not None or not _length(given.get("past_key_values")):
-            input_ids = tokens.before(input_ids)  # else they are the new ones alone
-        if step is not None and first:
+        step, past = given.get("next_sequence_length"), _length(given.get("past_key_values"))
+        if step is not None or not past:  # else they are the new ones alone
+            input_ids, past = tokens.before(input_ids), 0
+        if step is not None and given.get("is_first_iteration"):
             given["next_sequence_length"] = step + tokens.count
-        if given.get("attention_mask") is not None:
-            given["attention_mask"] = tokens.mask(given["attention_mask"])
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None:
+            given["attention_mask"] = mask = tokens.mask(mask)
+        if positions is not None:
+            given["position_ids"] = tokens.shifted(positions)
+        elif numbered:
+            shape = input_ids.shape[0], past + input_ids.shape[1]
+            given["position_ids"] = tokens.numbering.positions(shape, mask, input_ids.device)
         inputs = cls.prepare_inputs_for_generation(self, input_ids, **given)
         return {**inputs, _DONE: True}
 
-    def positions_of(self: Any, inputs: Tensor, given: dict[str, Any]) -> Tensor:
-        mask = given.get("attention_mask")
-        mask = None if mask is None else tokens.mask(mask)
-        length = tokens.count + inputs.shape[1] if mask is None else mask.shape[1]
-        return tokens.numbering.positions((inputs.shape[0], length), mask, inputs.device)
+    def positions_of(self: Any, inputs: Tensor, given: dict[str, Any]) -> None:
+        """None: they are counted at every step, from the mask as it is then."""
 
     def encode(self: Any, inputs: Tensor, given: dict[str, Any], *rest: Any) -> Any:
         if _encodes(self) and given.get("encoder_outputs") is None:
