@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from peftc.adapter import CONFIG, WEIGHTS
 from peftc.artifact import Artifact, Staging, key_of, staging
+from peftc.checkpoint import PEFT_PREFIX
 from peftc.errors import ArtifactError, did_you_mean
 from peftc.evaluate import value
 from peftc.exporters.to_safetensors import folders, manifest
@@ -102,7 +103,10 @@ def write_adapter(
     places: set[int] = set()
     constants = {key: program.constants[fqn] for key, fqn in adapter.tensors.items()}
     method = adapter.method
-    for key, constant in (method.to_file(constants) if method else constants).items():
+    prefixed = method is not None and method.prefixed
+    for key, constant in (method.written(constants) if method else constants).items():
+        if prefixed:
+            key = key.replace(PEFT_PREFIX, PEFT_PREFIX.removesuffix("model."), 1)
         tensor = value(constant).contiguous()
         # A tied tensor has several names, and the format takes no memory twice.
         tensors[key] = tensor.clone() if tensor.data_ptr() in places else tensor
@@ -114,7 +118,7 @@ def write_adapter(
         "inference_mode": True,
         **(peft_edits(program) or {} if base is None else {}),
     }
-    if method is None or method.prefixed:
+    if not prefixed:
         modules, experts = _targets(program, adapter)
         sites = [program.sites[fqn] for fqn in adapter.sites]
         config["target_modules"] = modules

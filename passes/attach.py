@@ -23,7 +23,7 @@ from peftc.errors import (
     raise_all,
 )
 from peftc.registry import method_for
-from peftc.targets import LINEARS, named_modules, unbound_patterns
+from peftc.targets import LINEARS, unbound_patterns
 
 if TYPE_CHECKING:
     from peftc.adapter import AdapterDirectory
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from peftc.program import Program
 
 _COMMON = PEFT_PREFIX.removesuffix("model.")  # before the name of what all sites share
-_CLASSIFIERS = ("classifier", "score")
 _SHOWN = 5  # how many of many alike errors are spelled out
 
 
@@ -110,9 +109,8 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
     from peftc.adapter import AdapterDirectory
 
     directory = AdapterDirectory.open(resolve(path))
-    method = _method(program, directory).weighted(weight).model_copy(update={"adapter": name})
-    leaves = method.from_file(program, directory.leaves())
-    given, common, loose, errors = _sort(program, directory, leaves, name)
+    method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
+    given, common, loose, errors = _sort(program, directory, method)
     raise_all(errors)
     given |= {fqn: {} for fqn in _tied(program, method, given)}
     raise_all(_unserved(program, method, list(given)))
@@ -129,8 +127,8 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
     return Bound(attached.rewrite(constants=own), directory)
 
 
-def _method(program: Program, directory: AdapterDirectory) -> Method:
-    config = {**directory.config, **_heads(program, directory.config)}
+def _method(directory: AdapterDirectory) -> Method:
+    config = directory.config
     try:
         return method_for(config).from_peft(config)
     except ValidationError as error:
@@ -144,19 +142,8 @@ def _method(program: Program, directory: AdapterDirectory) -> Method:
         raise AdapterError(error.what, where=str(directory.path), fix=error.fix) from error
 
 
-def _heads(program: Program, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`modules_to_save` without those that PEFT adds to every classifier's, by either's name."""
-    saved = config.get("modules_to_save")
-    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS") or not isinstance(saved, list):
-        return {}
-    there = [
-        name for name in saved if name not in _CLASSIFIERS or not named_modules([name], program)[1]
-    ]
-    return {"modules_to_save": list(dict.fromkeys(there)) or None}
-
-
 def _sort(
-    program: Program, directory: AdapterDirectory, leaves: Mapping[str, Constant], name: str
+    program: Program, directory: AdapterDirectory, method: Method
 ) -> tuple[
     dict[str, dict[str, Constant]], dict[str, Constant], dict[str, Constant], list[PeftcError]
 ]:
@@ -168,11 +155,15 @@ def _sort(
     loose: dict[str, Constant] = {}
     strays: list[str] = []
     experts = _experts(program, directory.config)
-    for key, leaf in leaves.items():
+    for key, leaf in method.from_file(program, directory.leaves()).items():
         path = key.removeprefix(PEFT_PREFIX)
+        if method.prefixed and key.removeprefix(_COMMON) in program.constants:
+            key = PEFT_PREFIX + (path := key.removeprefix(_COMMON))
         site, suffix = _place(program, experts, path)
         if path == key and key.startswith(_COMMON):
             common[key.removeprefix(_COMMON)] = leaf
+        elif path == key and method.prefixed:
+            common[key] = leaf
         elif path == key:
             strays.append(key)
         elif ".base_layer." in path and _same(program, _plain(path), leaf):
@@ -182,7 +173,7 @@ def _sort(
         elif site is None:
             strays.append(key)
         else:
-            given.setdefault(site, {})[local_name(suffix, name)] = leaf
+            given.setdefault(site, {})[local_name(suffix, method.adapter)] = leaf
     errors: list[PeftcError] = []
     if not directory.file.tensors:
         errors.append(
@@ -230,12 +221,13 @@ def _misfits(
     """Tensors for all sites that the method does not have, or has in another shape."""
     errors: list[PeftcError] = []
     for name, leaf in common.items():
+        key = f"{_COMMON}{name}" if f"{_COMMON}{name}" in directory.file.tensors else name
         want = wanted[name].spec.shape if name in wanted else None
         if leaf.spec.shape != want:
-            fits = f"its layers ask for {list(want)}" if want else "is not part of this method"
+            fits = f"the model asks for {list(want)}" if want else "is not part of this method"
             errors.append(
                 AdapterError(
-                    f"{_COMMON}{name}, of shape {list(leaf.spec.shape)}: {fits}",
+                    f"{key}, of shape {list(leaf.spec.shape)}: {fits}",
                     where=str(directory.file.path),
                     fix=SAVE_AGAIN,
                 )

@@ -43,7 +43,7 @@ class Prompt(Method):
 
     effect: ClassVar[Effect] = Effect.CHANGES
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
-    prefixed: ClassVar[bool] = False
+    prefixed: ClassVar[bool] = True
     apart: ClassVar[str | None] = "a prompt is an input of its own, and no change of a weight"
     # What PEFT reads off the model.
     peft_neutral: ClassVar[frozenset[str]] = frozenset(
@@ -142,13 +142,9 @@ class Prompt(Method):
         if _FILE not in tensors:
             errors.append(AdapterError(f"lacks {_FILE}", fix=SAVE_AGAIN))
         raise_all(errors)
-        named = {_FILE: f"{PEFT_PREFIX}{chosen[0]}.{_ENCODER}.{TABLE}"}
-        return {
-            named.get(key, PEFT_PREFIX + key.removeprefix("base_model.")): self._used(constant)
-            if key in named
-            else constant
-            for key, constant in tensors.items()
-        }
+        table = f"{PEFT_PREFIX}{chosen[0]}.{_ENCODER}.{TABLE}"
+        rest = {key: constant for key, constant in tensors.items() if key != _FILE}
+        return {table: self._used(tensors[_FILE]), **rest}
 
     def _used(self, table: Constant) -> Constant:
         """The vectors that are looked up; for encoder-decoders PEFT keeps as many more."""
@@ -161,14 +157,10 @@ class Prompt(Method):
         build.graph.output(build.op(aten.slice.Tensor, build.const("all"), 0, 0, self.tokens))
         return derive(build.graph, {"all": table}, table.spec.dtype)
 
-    def to_file(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
+    def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
         mark = f".{_ENCODER}."
         own = {key.partition(mark)[2]: c for key, c in tensors.items() if mark in key}
-        rest = {
-            f"base_model.{key.removeprefix(PEFT_PREFIX)}": constant
-            for key, constant in tensors.items()
-            if mark not in key
-        }
+        rest = {key: constant for key, constant in tensors.items() if mark not in key}
         return {_FILE: self.evaluated(own), **rest}
 
     def evaluated(self, parts: Mapping[str, Constant]) -> Constant:

@@ -105,6 +105,9 @@ _TARGETS = {
 }  # fmt: skip
 
 
+_HEADS = {"classifier", "score"}  # both of which PEFT saves of any classifier, whichever it has
+
+
 class Method(Targets, Pass):
     """A fine-tuning method: it says what it adds to a site, and all else follows by algebra.
 
@@ -116,7 +119,8 @@ class Method(Targets, Pass):
         kinds: The kinds of site that it can serve.
         grouped: Whether it can serve a convolution of several groups.
         additive: Whether all that it does is `add_to_output`, so that a number can weigh it.
-        prefixed: Whether PEFT's files name modules of the model, not just what is trained.
+        prefixed: Whether it puts virtual tokens before a sequence: PEFT's config of it names no
+            target modules, and its file has `base_model.` before a module where others have more.
         apart: Why its sites are no place for weights or for other methods after it, if so.
     """
 
@@ -128,7 +132,7 @@ class Method(Targets, Pass):
     kinds: ClassVar[frozenset[str]] = frozenset(LINEARS)
     grouped: ClassVar[bool] = True
     additive: ClassVar[bool] = False
-    prefixed: ClassVar[bool] = True
+    prefixed: ClassVar[bool] = False
     apart: ClassVar[str | None] = None
     _times: float = PrivateAttr(1.0)
 
@@ -203,11 +207,11 @@ class Method(Targets, Pass):
     def from_file(
         self, program: Program, tensors: Mapping[str, Constant]
     ) -> Mapping[str, Constant]:
-        """The tensors of PEFT's file by the names that they would have if it were prefixed."""
+        """The adapter's tensors by name, of what PEFT's file holds; the inverse of `written`."""
         return tensors
 
-    def to_file(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
-        """The tensors of PEFT's file, from those by such names; the inverse of `from_file`."""
+    def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
+        """What PEFT's file holds, by name, of the adapter's tensors by theirs."""
         return tensors
 
     def finish(self, model: nn.Module) -> None:
@@ -232,7 +236,16 @@ class Method(Targets, Pass):
 
     def saved(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The modules that are trained whole, and patterns that match none."""
-        return named_modules(self.modules_to_save, program) if self.modules_to_save else ([], [])
+        names = (
+            [self.modules_to_save]
+            if isinstance(self.modules_to_save, str)
+            else self.modules_to_save
+        )
+        known = [name for name in names or () if name not in _HEADS]
+        heads = {head for head in _HEADS & set(names or ()) if named_modules(head, program)[0]}
+        # Of the heads' names that PEFT adds by itself one is enough.
+        wanted = [*known, *sorted(heads or _HEADS & set(names or ()))]
+        return named_modules(wanted, program) if wanted else ([], [])
 
     def check(self, program: Program) -> list[PeftcError]:
         chosen, errors = self.pick(program)

@@ -115,7 +115,7 @@ class VirtualTokens:
                 where="forward",
                 fix="pass the ids; their embeddings and the prompt's are looked up together",
             )
-        ids, past = given["input_ids"], _length(given.get("past_key_values"))
+        ids, past = given["input_ids"], _length(given)
         new = dict(inputs) if past else {**inputs, "input_ids": self.before(ids)}
         mask = given.get("attention_mask")
         if mask is not None:
@@ -203,7 +203,7 @@ def _generation(cls: Any, tokens: VirtualTokens) -> dict[str, Callable[..., Any]
             return cls.prepare_inputs_for_generation(self, input_ids, **given)
         if given.get("inputs_embeds") is not None:
             tokens.extend(given, False)  # which says that it takes none
-        step, past = given.get("next_sequence_length"), _length(given.get("past_key_values"))
+        step, past = given.get("next_sequence_length"), _length(given)
         if step is not None or not past:  # else they are the new ones alone
             input_ids, past = tokens.before(input_ids), 0
         if step is not None and given.get("is_first_iteration"):
@@ -248,8 +248,11 @@ def _encodes(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _length(past: Any) -> int:
-    """How many tokens a cache holds."""
+def _length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens the inputs' cache holds; of one without attention, whether it holds any."""
+    past, state = inputs.get("past_key_values"), inputs.get("cache_params")
+    if state is not None:
+        return int(state.has_previous_state())
     return 0 if past is None else int(past.get_seq_length())
 
 
