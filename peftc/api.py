@@ -12,6 +12,7 @@ from peftc.capturing import capture
 from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass
 from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
+from peftc.exporters.to_cache import to_cache
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
     folders,
@@ -217,7 +218,7 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "peft"] = "safetensors",
+    format: Literal["safetensors", "peft", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     proof: Extent = "auto",
@@ -236,7 +237,8 @@ def export(
         then: What to make of it then: 4 bits again, or 16.
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
-        format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter.
+        format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter;
+            or `cache`, a prompt as constant keys and values.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         proof: See `to_safetensors`.
@@ -258,6 +260,8 @@ def export(
             )
         known = original or original_of(source)
         program, report = merge_adapters(program, merge_base, then, known, force, progress)
+    if format == "cache":
+        return to_cache(program, target, overwrite=overwrite)
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     return to_safetensors(

@@ -20,7 +20,7 @@ from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, PeftcError, raise_all
 
 MANIFEST = "peftc.json"
-KINDS = ("apply", "model", "adapter")
+KINDS = ("apply", "model", "adapter", "cache")
 SCHEMA = 1
 
 

@@ -22,7 +22,7 @@ from peftc.errors import PassError
 
 Positions = Literal["peft", "mask"]
 IGNORED = -100  # the label of what has none
-_DONE = "virtual_tokens_are_there"  # from prepare_inputs_for_generation to forward
+DONE = "virtual_tokens_are_there"  # tells forward, as prepare_inputs_for_generation does
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def put_before(model: nn.Module, first: int, count: int, rule: Positions) -> Non
 @cache
 def virtual_class(cls: Any, tokens: VirtualTokens) -> Any:
     """The subclass of a model's class that knows virtual tokens; it has the same name."""
-    members: dict[str, Any] = {"forward": _forward(cls, tokens)}
+    members: dict[str, Any] = {"forward": _forward(cls, tokens), "virtual_tokens": tokens}
     if hasattr(cls, "prepare_inputs_for_generation"):
         members |= _generation(cls, tokens)
 
@@ -186,7 +186,7 @@ def _forward(cls: Any, tokens: VirtualTokens) -> Callable[..., Any]:
     @wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if not inputs.pop(_DONE, False):
+        if not inputs.pop(DONE, False):
             inputs = tokens.extend(inputs, _encodes(self))
         return cls.forward(self, **inputs)
 
@@ -217,7 +217,7 @@ def _generation(cls: Any, tokens: VirtualTokens) -> dict[str, Callable[..., Any]
             shape = input_ids.shape[0], past + input_ids.shape[1]
             given["position_ids"] = tokens.numbering.positions(shape, mask, input_ids.device)
         inputs = cls.prepare_inputs_for_generation(self, input_ids, **given)
-        return {**inputs, _DONE: True}
+        return {**inputs, DONE: True}
 
     def positions_of(self: Any, inputs: Tensor, given: dict[str, Any]) -> None:
         """None: they are counted at every step, from the mask as it is then."""
