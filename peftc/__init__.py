@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftc.capturing import capture
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
+    from peftc.exporters.to_cache import to_cache
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
     from peftc.program import Program
+    from peftc.prompt_cache import PromptCache
     from peftc.recipe import Recipe
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "capturing": ("capture",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
+    "exporters.to_cache": ("to_cache",),
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
@@ -50,6 +53,7 @@ _HOMES = {
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
     "program": ("Program",),
+    "prompt_cache": ("PromptCache",),
     "recipe": ("Recipe",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -57,9 +61,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"
 __all__ = [
     "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
-    "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis", "Unmerge",
-    "absorb", "analyse", "apply", "capture", "export", "load", "materialize", "optimizer_groups",
-    "restore_base", "to_peft", "to_safetensors", "verify",
+    "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "SiteAnalysis",
+    "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
+    "optimizer_groups", "restore_base", "to_cache", "to_peft", "to_safetensors", "verify",
 ]  # fmt: skip
 
 

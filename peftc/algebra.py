@@ -72,7 +72,7 @@ def fold_sites(program: Program, partly: bool = False) -> tuple[Program, list[Fo
             errors.append(FoldError(error.what, where=fqn, fix=error.fix))
             continue
         if folded.obstacle is not None:
-            errors.append(_refusal(fqn, folded.obstacle))
+            errors.append(_refusal(program, fqn, folded.obstacle))
             if not partly or not folded.made:
                 continue
         if "bias" in folded.made and not site.bias and folded.made["bias"] is not None:
@@ -103,7 +103,15 @@ def fold_sites(program: Program, partly: bool = False) -> tuple[Program, list[Fo
     return after if done or len(after.adapters) < len(program.adapters) else program, errors
 
 
-def _refusal(fqn: str, obstacle: str) -> FoldError:
+def _refusal(program: Program, fqn: str, obstacle: str) -> FoldError:
+    for adapter in program.adapters.values():
+        if fqn in adapter.sites and adapter.method and (reason := adapter.method.apart):
+            return FoldError(
+                f"the adapter {adapter.name!r} cannot be merged: {reason} (node {obstacle})",
+                where=fqn,
+                fix="export it as it is (--format peft), or run the model that peftc.materialize "
+                "gives; `fold` merges what can be merged beside it",
+            )
     return FoldError(
         f"node {obstacle} is not affine in the site's input",
         where=fqn,

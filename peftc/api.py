@@ -13,6 +13,7 @@ from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
+from peftc.exporters.to_cache import to_cache
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
     folders,
@@ -208,7 +209,7 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "peft"] = "safetensors",
+    format: Literal["safetensors", "peft", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     proof: Extent = "auto",
@@ -228,7 +229,8 @@ def export(
         then: What to make of it then: 4 bits again, or 16.
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
-        format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter.
+        format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter;
+            or `cache`, a prompt as constant keys and values.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         proof: See `to_safetensors`.
@@ -249,6 +251,7 @@ def export(
             raise ArtifactError(
                 "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
             )
+<<<<<<< HEAD
         program, report = merge_adapters(program, merge_base, then, original, force, progress)
     elif merge_base or then or original:
         raise ArtifactError(
@@ -256,6 +259,12 @@ def export(
             where=str(source),
             fix="add merge=True, or leave them out",
         )
+=======
+        known = original or original_of(source)
+        program, report = merge_adapters(program, merge_base, then, known, force, progress)
+    if format == "cache":
+        return to_cache(program, target, overwrite=overwrite)
+>>>>>>> issue5-prompts
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     return to_safetensors(

@@ -308,4 +308,6 @@ def _program(
         aliases=outline.aliases,
         modules=frozenset(outline.modules),
         head=outline.head,
+        embedding=outline.embedding,
+        context=outline.context,
     )

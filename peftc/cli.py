@@ -120,7 +120,7 @@ def _apply(
 )
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
-    "--format", "form", type=click.Choice(["safetensors", "peft"]), default="safetensors",
+    "--format", "form", type=click.Choice(["safetensors", "peft", "cache"]), default="safetensors",
     show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(

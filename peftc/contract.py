@@ -16,6 +16,8 @@ from peftc.errors import AdapterError, PassError, PeftcError
 from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peftc.constants import Constant
     from peftc.program import Program
     from peftc.sites import SiteEditor
@@ -103,6 +105,9 @@ _TARGETS = {
 }  # fmt: skip
 
 
+_HEADS = {"classifier", "score"}  # both of which PEFT saves of any classifier, whichever it has
+
+
 class Method(Targets, Pass):
     """A fine-tuning method: it says what it adds to a site, and all else follows by algebra.
 
@@ -114,6 +119,9 @@ class Method(Targets, Pass):
         kinds: The kinds of site that it can serve.
         grouped: Whether it can serve a convolution of several groups.
         additive: Whether all that it does is `add_to_output`, so that a number can weigh it.
+        prefixed: Whether it puts virtual tokens before a sequence: PEFT's config of it names no
+            target modules, and its file has `base_model.` before a module where others have more.
+        apart: Why its sites are no place for weights or for other methods after it, if so.
     """
 
     effect: ClassVar[Effect] = Effect.IDENTITY
@@ -124,6 +132,8 @@ class Method(Targets, Pass):
     kinds: ClassVar[frozenset[str]] = frozenset(LINEARS)
     grouped: ClassVar[bool] = True
     additive: ClassVar[bool] = False
+    prefixed: ClassVar[bool] = False
+    apart: ClassVar[str | None] = None
     _times: float = PrivateAttr(1.0)
 
     adapter: AdapterName = Field("default", description="the adapter's name")
@@ -194,6 +204,19 @@ class Method(Targets, Pass):
         """The start of each constant that these sites share, by its name in PEFT's files."""
         return {}
 
+    def from_file(
+        self, program: Program, tensors: Mapping[str, Constant]
+    ) -> Mapping[str, Constant]:
+        """The adapter's tensors by name, of what PEFT's file holds; the inverse of `written`."""
+        return tensors
+
+    def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
+        """What PEFT's file holds, by name, of the adapter's tensors by theirs."""
+        return tensors
+
+    def finish(self, model: nn.Module) -> None:
+        """Changes what a live model does beyond its sites, such as what it takes in."""
+
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""
         return program.tensors_of(self.saved(program)[0])
@@ -213,7 +236,16 @@ class Method(Targets, Pass):
 
     def saved(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The modules that are trained whole, and patterns that match none."""
-        return named_modules(self.modules_to_save, program) if self.modules_to_save else ([], [])
+        names = (
+            [self.modules_to_save]
+            if isinstance(self.modules_to_save, str)
+            else self.modules_to_save
+        )
+        known = [name for name in names or () if name not in _HEADS]
+        heads = {head for head in _HEADS & set(names or ()) if named_modules(head, program)[0]}
+        # Of the heads' names that PEFT adds by itself one is enough.
+        wanted = [*known, *sorted(heads or _HEADS & set(names or ()))]
+        return named_modules(wanted, program) if wanted else ([], [])
 
     def check(self, program: Program) -> list[PeftcError]:
         chosen, errors = self.pick(program)
@@ -249,6 +281,16 @@ class Method(Targets, Pass):
                         fix="exclude it",
                     )
                 )
+            errors += [
+                PassError(
+                    f"carries the adapter {other.name!r}, after which nothing may be added: "
+                    f"{other.method.apart}",
+                    where=fqn,
+                    fix="add that one last, and only one such",
+                )
+                for other in program.adapters.values()
+                if fqn in other.sites and other.method and other.method.apart
+            ]
         return errors
 
     def run(self, program: Program) -> PassResult:

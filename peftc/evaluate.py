@@ -418,6 +418,8 @@ class _Plan:
         ) and node not in self.activations:
             return frozenset({0})
         if node.target is aten.linear.default and node.args[1] not in self.activations:
+            if node not in self.activations and len(self.specs[_operand_nodes(node)[0]].shape) > 1:
+                return frozenset({0})
             return frozenset(range(1, len(node.args)))
         if node.target in _POINTWISE:
             return frozenset(i for i, a in enumerate(node.args) if self._follows(node, a))

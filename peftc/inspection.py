@@ -26,7 +26,7 @@ def inspect(source: str, terminal: Terminal) -> None:
         found["artifact"] = _artifact(path)
     if (path / "adapter_config.json").is_file():
         found["adapter"] = _adapter(path)
-    elif found.get("artifact", {}).get("kind") not in ("apply", "adapter"):
+    elif found.get("artifact", {}).get("kind") not in ("apply", "adapter", "cache"):
         found["checkpoint"] = _checkpoint(path)
     if terminal.as_json:
         terminal.data(found)

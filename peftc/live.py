@@ -116,6 +116,9 @@ def materialize(
         for name, parameter in model.named_parameters():
             if name in trainable:
                 parameter.requires_grad_(True)
+    for adapter in program.adapters.values():
+        if adapter.method is not None:
+            adapter.method.finish(model)
     return model.to(device)
 
 

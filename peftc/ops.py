@@ -2,7 +2,8 @@
 
 `peftc::grouped_linear` is a linear layer per expert. It is one opaque node to torch.compile and
 torch.export, whatever the number of tokens each expert gets. `peftc::rotate` is a block-diagonal
-matrix, `peftc::skew` and `peftc::cayley` make its blocks; torch takes them apart into ATen.
+matrix, `peftc::skew` and `peftc::cayley` make its blocks, and `peftc::lstm` is a layer of an LSTM;
+torch takes them apart into ATen.
 `peftc::start` gives the factors that PiSSA and OLoRA take out of a weight.
 """
 
@@ -15,6 +16,7 @@ import torch
 _library: Any = torch.library.Library("peftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rotate(Tensor x, Tensor blocks) -> Tensor")
 _library.define("skew(Tensor entries, int size) -> Tensor")
+_library.define("lstm(Tensor x, Tensor[] weights) -> Tensor")
 _library.define("cayley(Tensor skew, int terms) -> Tensor")
 
 
@@ -51,9 +53,20 @@ def _cayley(skew: torch.Tensor, terms: int) -> torch.Tensor:
     return result
 
 
+def _lstm(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """A layer of an LSTM that reads x (length, in) both ways; (length, 2·hidden).
+
+    The weights are (4·hidden, in), (4·hidden, hidden) and two biases, for each way, as torch's.
+    """
+    zeros = x.new_zeros(2, 1, weights[1].shape[1])
+    # As if in training, for without it cuDNN has no backward; there is no dropout in it.
+    return torch.lstm(x[None], (zeros, zeros), weights, True, 1, 0.0, True, True, True)[0][0]
+
+
 _library.impl("rotate", _rotate, "CompositeImplicitAutograd")
 _library.impl("skew", _skew, "CompositeImplicitAutograd")
 _library.impl("cayley", _cayley, "CompositeImplicitAutograd")
+_library.impl("lstm", _lstm, "CompositeImplicitAutograd")
 
 
 @torch.library.custom_op("peftc::start", mutates_args=())

@@ -28,7 +28,7 @@ from peftc.tracing import trace_linear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 5  # of a cached outline
+FORMAT = 6  # of a cached outline
 
 
 class SiteOutline(BaseModel):
@@ -57,6 +57,8 @@ class Outline(BaseModel):
         aliases: For each tied tensor, the name of the one that it shares memory with.
         prefix: What a headless checkpoint's names lack.
         head: The name of the output head.
+        embedding: The name of the embedding that token ids go into.
+        context: How many positions there are, where the config says so.
         conversions: How transformers renames and fuses what is stored.
         roles: Which modules a forward pass calls and what for, where that can be found out.
         wide: Parts of names whose modules transformers keeps in fp32, and so never quantizes.
@@ -70,6 +72,8 @@ class Outline(BaseModel):
     aliases: dict[str, str]
     prefix: str
     head: str | None
+    embedding: str | None = None
+    context: int | None = None
     conversions: tuple[Conversion, ...] = ()
     roles: Roles | None = None
     wide: tuple[str, ...] = ()
@@ -100,7 +104,30 @@ def outline_of(module: nn.Module) -> Outline:
         head=next(
             (fqn for fqn, found in modules.items() if head is not None and found is head), None
         ),
+        embedding=_embedding(module, modules),
+        context=_context(module),
     )
+
+
+def _embedding(module: Any, modules: Mapping[str, nn.Module]) -> str | None:
+    """The name of the embedding that ids go into: the encoder's, where there is one."""
+    config = getattr(module, "config", None)
+    try:
+        owner = module.get_encoder() if getattr(config, "is_encoder_decoder", False) else module
+        table = owner.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    place = next((fqn for fqn, found in modules.items() if found is owner), "")
+    names = [fqn for fqn, found in modules.items() if found is table]
+    return next((name for name in names if name.startswith(place)), None)
+
+
+def _context(module: Any) -> int | None:
+    """How many positions a model's config gives it."""
+    config = getattr(module, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    length = getattr(text, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _site(fqn: str, module: nn.Module) -> SiteOutline | None:

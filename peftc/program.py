@@ -83,6 +83,12 @@ class Injector(Protocol):
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]: ...
     def trains(self, program: Program, sites: list[str]) -> list[str]: ...
     def infix(self, program: Program, fqn: str) -> str: ...
+    @property
+    def apart(self) -> str | None: ...
+    @property
+    def prefixed(self) -> bool: ...
+    def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]: ...
+    def finish(self, model: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ class Program:
         aliases: For each tied tensor, the name of the tensor that it shares memory with.
         modules: The names of all modules, to tell a wrong name from a wrong kind of module.
         head: The name of the output head, which `all-linear` leaves alone.
+        embedding: The name of the embedding that token ids go into.
+        context: How many positions the model has, where its config says so.
         adapters: What methods added, by name.
         unfolded: For each folded site, what it was.
         fused: The sites whose LoRA is to be computed with their quantized weight by one operator.
@@ -172,6 +180,8 @@ class Program:
     aliases: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
     head: str | None = None
+    embedding: str | None = None
+    context: int | None = None
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     unfolded: Mapping[str, Unfolded] = field(default_factory=dict)
     fused: frozenset[str] = frozenset()

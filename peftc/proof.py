@@ -165,11 +165,8 @@ def whole_proof(program: Program, written: Path) -> dict[str, Any]:
     del model
     gc.collect()
     got = _logits(_loaded(checkpoint), inputs)
-    difference = (got - want).abs()
-    relative = float(difference.max() / want.abs().max())
-    log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
-    kl = float((log_want.exp() * (log_want - log_got)).sum(-1).mean())
-    agree = float((want.argmax(-1) == got.argmax(-1)).float().mean())
+    figures = differences(want, got)
+    relative = figures["relative_error"]
     dtypes = {program.constants[f].spec.dtype for f in program.stored.values()}
     bound = max(WHOLE_BOUND.get(dtype, 0.0) for dtype in dtypes)
     if not relative <= bound:
@@ -179,14 +176,19 @@ def whole_proof(program: Program, written: Path) -> dict[str, Any]:
             where=str(written),
             fix="nothing was published; export with --proof sites to find the layer",
         )
+    return {"input": origin, "bound": bound, **figures}
+
+
+def differences(want: torch.Tensor, got: torch.Tensor) -> dict[str, float]:
+    """How much logits (…, classes) differ from others, by every measure that a proof names."""
+    difference = (got - want).abs()
+    log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
     return {
-        "input": origin,
-        "relative_error": relative,
-        "bound": bound,
+        "relative_error": float(difference.max() / want.abs().max()),
         "largest_error": float(difference.max()),
         "mean_error": float(difference.mean()),
-        "kl": kl,
-        "top1_agreement": agree,
+        "kl": float((log_want.exp() * (log_want - log_got)).sum(-1).mean()),
+        "top1_agreement": float((want.argmax(-1) == got.argmax(-1)).float().mean()),
     }
 
 

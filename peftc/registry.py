@@ -25,6 +25,8 @@ PASSES = {
     "layernorm": "peftc.passes.layernorm:LayerNorm",
     "full": "peftc.passes.full:Full",
     "trainable_tokens": "peftc.passes.tokens:TrainableTokens",
+    "prompt_tuning": "peftc.passes.prompt_tuning:PromptTuning",
+    "p_tuning": "peftc.passes.p_tuning:PTuning",
     "nf4": "peftc.passes.nf4:Nf4",
     "dequantize": "peftc.passes.dequantize:Dequantize",
     "fuse": "peftc.passes.fuse:Fuse",

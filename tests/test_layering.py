@@ -19,10 +19,10 @@ ORDER = [
     "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets",
     "contract", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
     "tracing", "conversion", "roles", "outline", "capturing", "structure", "storage", "artifact",
-    "early", "link", "fusing", "live", "optimizer_groups", "witness", "proof", "spectra",
-    "analysis", "survival", "kernels", "passes", "exporters", "recipe", "merging", "api",
-    "terminal", "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli",
-    "__main__",
+    "early", "link", "fusing", "live", "virtual", "prompt_cache", "optimizer_groups", "witness",
+    "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe",
+    "merging", "api", "terminal", "inspection", "analysis_view", "demo_model", "demo",
+    "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
@@ -30,6 +30,7 @@ TORCH_FREE = [
     "passes.dora", "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit",
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
     "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
+    "passes.prompt_tuning", "passes.p_tuning",
     "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
     "passes.resize_vocabulary", "passes.replicate_layers",
     "demo_model",
