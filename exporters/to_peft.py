@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from peftc.adapter import CONFIG, WEIGHTS
 from peftc.artifact import Artifact, Staging, key_of, staging
+from peftc.checkpoint import PEFT_PREFIX
 from peftc.errors import ArtifactError, did_you_mean
 from peftc.evaluate import value
 from peftc.exporters.to_safetensors import folders, manifest
@@ -100,8 +101,12 @@ def write_adapter(
     adapter = program.adapters[name]
     tensors: dict[str, torch.Tensor] = {}
     places: set[int] = set()
-    for key, fqn in adapter.tensors.items():
-        tensor = value(program.constants[fqn]).contiguous()
+    constants = {key: program.constants[fqn] for key, fqn in adapter.tensors.items()}
+    written = adapter.method.written(constants) if adapter.method else constants
+    for key, constant in written.items():
+        if adapter.method is not None and adapter.method.prefixed:
+            key = key.replace(PEFT_PREFIX, PEFT_PREFIX.removesuffix("model."))
+        tensor = value(constant).contiguous()
         # A tied tensor has several names, and the format takes no memory twice.
         tensors[key] = tensor.clone() if tensor.data_ptr() in places else tensor
         places.add(tensor.data_ptr())
@@ -111,10 +116,13 @@ def write_adapter(
         "base_model_name_or_path": base or program.source.name,
         "task_type": _task(program),
         "inference_mode": True,
-        "target_modules": modules,
-        "fan_in_fan_out": any(program.sites[s].kind.name == "conv1d" for s in adapter.sites),
         **(peft_edits(program) or {} if base is None else {}),
     }
+    if adapter.method is None or not adapter.method.prefixed:
+        config["target_modules"] = modules
+        config["fan_in_fan_out"] = any(
+            program.sites[s].kind.name == "conv1d" for s in adapter.sites
+        )
     if experts:
         config["target_parameters"] = experts
     # The patterns keep their order, for the first that matches counts.

@@ -110,7 +110,7 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
 
     directory = AdapterDirectory.open(resolve(path))
     method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
-    given, common, loose, errors = _sort(program, directory, name)
+    given, common, loose, errors = _sort(program, directory, method)
     raise_all(errors)
     given |= {fqn: {} for fqn in _tied(program, method, given)}
     raise_all(_unserved(program, method, list(given)))
@@ -143,7 +143,7 @@ def _method(directory: AdapterDirectory) -> Method:
 
 
 def _sort(
-    program: Program, directory: AdapterDirectory, name: str
+    program: Program, directory: AdapterDirectory, method: Method
 ) -> tuple[
     dict[str, dict[str, Constant]], dict[str, Constant], dict[str, Constant], list[PeftcError]
 ]:
@@ -157,9 +157,13 @@ def _sort(
     experts = _experts(program, directory.config)
     for key, leaf in directory.leaves().items():
         path = key.removeprefix(PEFT_PREFIX)
+        if method.prefixed and key.removeprefix(_COMMON) in program.constants:
+            key = PEFT_PREFIX + (path := key.removeprefix(_COMMON))
         site, suffix = _place(program, experts, path)
         if path == key and key.startswith(_COMMON):
             common[key.removeprefix(_COMMON)] = leaf
+        elif path == key and method.prefixed:
+            common[key] = leaf
         elif path == key:
             strays.append(key)
         elif ".base_layer." in path and _same(program, _plain(path), leaf):
@@ -169,7 +173,7 @@ def _sort(
         elif site is None:
             strays.append(key)
         else:
-            given.setdefault(site, {})[local_name(suffix, name)] = leaf
+            given.setdefault(site, {})[local_name(suffix, method.adapter)] = leaf
     errors: list[PeftcError] = []
     if not directory.file.tensors:
         errors.append(
@@ -217,12 +221,13 @@ def _misfits(
     """Tensors for all sites that the method does not have, or has in another shape."""
     errors: list[PeftcError] = []
     for name, leaf in common.items():
+        key = f"{_COMMON}{name}" if f"{_COMMON}{name}" in directory.file.tensors else name
         want = wanted[name].spec.shape if name in wanted else None
         if leaf.spec.shape != want:
-            fits = f"its layers ask for {list(want)}" if want else "is not part of this method"
+            fits = f"the model asks for {list(want)}" if want else "is not part of this method"
             errors.append(
                 AdapterError(
-                    f"{_COMMON}{name}, of shape {list(leaf.spec.shape)}: {fits}",
+                    f"{key}, of shape {list(leaf.spec.shape)}: {fits}",
                     where=str(directory.file.path),
                     fix=SAVE_AGAIN,
                 )

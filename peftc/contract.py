@@ -16,6 +16,9 @@ from peftc.errors import AdapterError, PassError, PeftcError
 from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from peftc.constants import Constant
     from peftc.program import Program
     from peftc.sites import SiteEditor
@@ -103,6 +106,9 @@ _TARGETS = {
 }  # fmt: skip
 
 
+_HEADS = {"classifier", "score"}  # both of which PEFT saves of any classifier, whichever it has
+
+
 class Method(Targets, Pass):
     """A fine-tuning method: it says what it adds to a site, and all else follows by algebra.
 
@@ -114,6 +120,8 @@ class Method(Targets, Pass):
         kinds: The kinds of site that it can serve.
         grouped: Whether it can serve a convolution of several groups.
         additive: Whether all that it does is `add_to_output`, so that a number can weigh it.
+        prefixed: Whether it puts virtual tokens before a sequence: its tensors are those of
+            `common`, which belong to the model as a whole, and PEFT's file names no module there.
     """
 
     effect: ClassVar[Effect] = Effect.IDENTITY
@@ -124,6 +132,7 @@ class Method(Targets, Pass):
     kinds: ClassVar[frozenset[str]] = frozenset(LINEARS)
     grouped: ClassVar[bool] = True
     additive: ClassVar[bool] = False
+    prefixed: ClassVar[bool] = False
     _times: float = PrivateAttr(1.0)
 
     adapter: AdapterName = Field("default", description="the adapter's name")
@@ -194,6 +203,13 @@ class Method(Targets, Pass):
         """The start of each constant that these sites share, by its name in PEFT's files."""
         return {}
 
+    def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
+        """What PEFT's file holds, by name, of the adapter's tensors by theirs."""
+        return tensors
+
+    def enliven(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Of a prefixed method: gives the live model the adapter's own tensors."""
+
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""
         return program.tensors_of(self.saved(program)[0])
@@ -213,7 +229,16 @@ class Method(Targets, Pass):
 
     def saved(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The modules that are trained whole, and patterns that match none."""
-        return named_modules(self.modules_to_save, program) if self.modules_to_save else ([], [])
+        names = (
+            [self.modules_to_save]
+            if isinstance(self.modules_to_save, str)
+            else self.modules_to_save
+        )
+        known = [name for name in names or () if name not in _HEADS]
+        heads = {head for head in _HEADS & set(names or ()) if named_modules(head, program)[0]}
+        # Of the heads' names that PEFT adds by itself one is enough.
+        wanted = [*known, *sorted(heads or _HEADS & set(names or ()))]
+        return named_modules(wanted, program) if wanted else ([], [])
 
     def check(self, program: Program) -> list[PeftcError]:
         chosen, errors = self.pick(program)

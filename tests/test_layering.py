@@ -18,10 +18,10 @@ ORDER = [
     "errors", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants",
     "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets",
     "contract", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
-    "tracing", "conversion", "roles", "outline", "capturing", "structure", "storage", "artifact",
-    "link", "fusing", "live", "optimizer_groups", "witness", "proof", "spectra", "analysis",
-    "survival", "kernels", "passes", "exporters", "recipe", "merging", "api", "terminal",
-    "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli", "__main__",
+    "tracing", "conversion", "roles", "attention", "outline", "capturing", "structure", "storage",
+    "artifact", "link", "fusing", "live", "prefixes", "optimizer_groups", "witness", "proof",
+    "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe", "merging", "api",
+    "terminal", "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
@@ -30,7 +30,7 @@ TORCH_FREE = [
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
     "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
     "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
-    "passes.resize_vocabulary", "passes.replicate_layers",
+    "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
     "demo_model",
 ]  # fmt: skip
 SOURCES = sorted(
