@@ -131,6 +131,14 @@ class PrefixTuning(Method):
                     fix=f"leave out {option}",
                 )
             )
+        if self.hidden is not None and not self.projection:
+            errors.append(
+                PassError(
+                    "there are no hidden features without a perceptron",
+                    where="hidden",
+                    fix="give projection too, or leave out hidden",
+                )
+            )
         return errors
 
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]:

@@ -21,7 +21,8 @@ ORDER = [
     "tracing", "conversion", "roles", "attention", "outline", "capturing", "structure", "storage",
     "artifact", "link", "fusing", "live", "prefixes", "optimizer_groups", "witness", "proof",
     "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe", "merging", "api",
-    "terminal", "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli", "__main__",
+    "terminal", "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli",
+    "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
