@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftc.passes.starts import restore_base
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
+    from peftc.prefixes import prefix_cache
     from peftc.program import Program
     from peftc.recipe import Recipe
 
@@ -49,6 +50,7 @@ _HOMES = {
     "passes.starts": ("restore_base",),
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
+    "prefixes": ("prefix_cache",),
     "program": ("Program",),
     "recipe": ("Recipe",),
 }
@@ -59,7 +61,7 @@ __all__ = [
     "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
     "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis", "Unmerge",
     "absorb", "analyse", "apply", "capture", "export", "load", "materialize", "optimizer_groups",
-    "restore_base", "to_peft", "to_safetensors", "verify",
+    "prefix_cache", "restore_base", "to_peft", "to_safetensors", "verify",
 ]  # fmt: skip
 
 
