@@ -104,8 +104,6 @@ _TARGETS = {
     "target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers",
     "layers_pattern": "layers_pattern",
 }  # fmt: skip
-
-
 _HEADS = {"classifier", "score"}  # both of which PEFT saves of any classifier, whichever it has
 
 
@@ -229,15 +227,11 @@ class Method(Targets, Pass):
 
     def saved(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The modules that are trained whole, and patterns that match none."""
-        names = (
-            [self.modules_to_save]
-            if isinstance(self.modules_to_save, str)
-            else self.modules_to_save
-        )
-        known = [name for name in names or () if name not in _HEADS]
-        heads = {head for head in _HEADS & set(names or ()) if named_modules(head, program)[0]}
+        given = self.modules_to_save or []
+        names = dict.fromkeys([given] if isinstance(given, str) else given)
+        found = [name for name in names if name in _HEADS and named_modules(name, program)[0]]
         # Of the heads' names that PEFT adds by itself one is enough.
-        wanted = [*known, *sorted(heads or _HEADS & set(names or ()))]
+        wanted = [name for name in names if name not in _HEADS or name in found or not found]
         return named_modules(wanted, program) if wanted else ([], [])
 
     def check(self, program: Program) -> list[PeftcError]:

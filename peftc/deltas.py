@@ -58,9 +58,8 @@ def _owned(program: Program, adapter: Adapter) -> set[str]:
     """The tensors that an adapter brought, at every site, by their names in the model."""
     locals_ = _locals(program, adapter)
     named = {program.sites[fqn].name(local) for fqn in adapter.sites for local in locals_}
-    return (
-        named | adapter.frozen | {*adapter.prompts.values()}
-    ) & program.constants.keys() - program.captured.keys()
+    owned = named | adapter.frozen | {*adapter.prompts.values()}
+    return owned & program.constants.keys() - program.captured.keys()
 
 
 def _locals(program: Program, adapter: Adapter) -> set[str]:

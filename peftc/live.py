@@ -111,9 +111,9 @@ def materialize(
             model.set_submodule(site.fqn, live.module(site, model.get_submodule(site.fqn)))
     for owner, members in experts.items():
         live.experts(members, model.get_submodule(owner))
-    wide = torch.promote_types(next(iter(parameters.values())).dtype, torch.float32)
     for adapter in program.adapters.values():
         if adapter.method is not None and adapter.prompts:
+            wide = torch.promote_types(next(iter(parameters.values())).dtype, torch.float32)
             tensors = {name: live.tensor(fqn, wide) for name, fqn in adapter.prompts.items()}
             adapter.method.enliven(model, tensors)
     if trainable := program.trainable:

@@ -89,12 +89,20 @@ class Shift:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(self.argument, int):
-            moved = self.moved(args[self.argument])
+            moved = self.moved(module, args[self.argument])
             return (*args[: self.argument], moved, *args[self.argument + 1 :]), kwargs
-        return args, {**kwargs, self.argument: self.moved(kwargs[self.argument])}
+        return args, {**kwargs, self.argument: self.moved(module, kwargs[self.argument])}
 
-    def moved(self, positions: torch.Tensor) -> torch.Tensor:
+    def moved(self, module: nn.Module, positions: torch.Tensor) -> torch.Tensor:
         """Positions behind the prefix; a negative one is padding's, and stays."""
+        if isinstance(module, nn.Embedding):
+            size = module.num_embeddings - int(getattr(module, "offset", 0))
+            if (length := positions.shape[-1]) + self.by > size:
+                raise PassError(
+                    f"{length} tokens and {self.by} virtual ones are more than {size} positions",
+                    where=type(module).__name__,
+                    fix="shorten the text, or take fewer virtual tokens",
+                )
         return torch.where(positions < 0, positions, positions + self.by)
 
 

@@ -79,7 +79,7 @@ def test_prefix_is_seen_by_every_layer(name: str) -> None:
     plain = specimen.build()
     live: Any = materialize(Pipeline([PrefixTuning(virtual_tokens=3)]).run(capture(plain)))
     inputs = specimen.inputs()
-    out = specimen.output(live(**inputs))
+    out: Any = specimen.output(live(**inputs))
     with torch.no_grad():
         assert distance(out, specimen.output(plain(**inputs))) > 1e-3
     out.square().sum().backward()

@@ -251,60 +251,6 @@ def test_prefix_stays_in_sight_when_a_window_slides(base: Callable[[str], Path])
         assert distance(model(input_ids=ids).logits[0, -1], before) > 1e-3
 
 
-def plain_flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: Any, causal: Any) -> Tensor:
-    """(batch, length, heads, size); the triangle ends at the last key, as flash attention's."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    every = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-    mask = every.tril(k.shape[2] - q.shape[2]) if causal else every
-    y = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale)
-    return y.transpose(1, 2)
-
-
-def plain_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: Any,
-    max_seqlen_k: Any, softmax_scale: Any = None, causal: Any = False,
-) -> Tensor:  # fmt: skip
-    cuts = [x.tolist() for x in (cu_seqlens_q, cu_seqlens_k)]
-    parts = []
-    for a, b, c, d in zip(cuts[0], cuts[0][1:], cuts[1], cuts[1][1:], strict=False):
-        one = plain_flash(q[None, a:b], k[None, c:d], v[None, c:d], softmax_scale, causal)
-        parts.append(one[0])
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_flash_attention_sees_the_prefix(
-    side: str, base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers.modeling_flash_attention_utils as flash
-
-    asked = set()
-
-    def imported(name: str, *args: Any, **options: Any) -> Any:
-        asked.add(name)
-        process = flash._lazy_define_process_function(plain_varlen)
-        pads = flash._pad_input, flash._unpad_input
-        return (plain_flash, plain_varlen, None, *pads), (process, process)
-
-    model: Any = materialize(fresh(base("llama")))
-    seen = text(side)["attention_mask"].bool()
-    with torch.no_grad():
-        want = model(**text(side)).logits[seen]
-        monkeypatch.setattr(flash, "lazy_import_flash_attention", imported)
-        model.config._attn_implementation_internal = f"{MARK}flash_attention_2"
-        got = model(**text(side)).logits[seen]
-    assert asked == {"flash_attention_2"}
-    assert distance(got, want) < 1e-5
-
-
-def test_flash_attention_is_refused_when_a_window_slides(base: Callable[[str], Path]) -> None:
-    model: Any = materialize(fresh(base("gemma3")))
-    model.config._attn_implementation_internal = f"{MARK}flash_attention_2"
-    with pytest.raises(PassError, match="sliding window"):
-        model(**text())
-
-
 @pytest.mark.parametrize("projection", [False, True])
 def test_training_lowers_the_loss(projection: bool, base: Callable[[str], Path]) -> None:
     model = materialize(fresh(base("gpt2"), projection=projection)).train()
@@ -425,6 +371,17 @@ def test_prefix_is_refused_when_it_leaves_no_positions(
 ) -> None:
     job = PrefixTuning(virtual_tokens=64)
     refuse(tmp_path, PassError, lambda _: program_of(base("gpt2"), job), "64", "positions")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_text_is_refused_when_it_leaves_no_positions(
+    name: str, base: Callable[[str], Path]
+) -> None:
+    model = materialize(fresh(base(name)))
+    ids = torch.full((1, 64), 3)
+    assert model(input_ids=ids[:, N:]).logits.isfinite().all()
+    with pytest.raises(PassError, match="60 tokens and 5 virtual ones are more than 64"):
+        model(input_ids=ids[:, N - 1 :])
 
 
 def test_attention_that_cannot_take_a_prefix_is_named(base: Callable[[str], Path]) -> None:
