@@ -67,12 +67,16 @@ def test_flash_attention_sees_the_prefix(
         return (plain_flash, plain_varlen, None, *pads), (process, process)
 
     model: Any = materialize(fresh(checkpoint("llama")))
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "num_beams": 2}
     seen = text(side)["attention_mask"].bool()
     with torch.no_grad():
         want = model(**text(side)).logits[seen]
+        tokens = model.generate(**text(side), **options)
         monkeypatch.setattr(flash, "lazy_import_flash_attention", imported)
         model.config._attn_implementation_internal = f"{MARK}flash_attention_2"
         got = model(**text(side)).logits[seen]
+        if side != "right":  # from which no one generates
+            assert torch.equal(model.generate(**text(side), **options), tokens)
     assert asked == {"flash_attention_2"}
     assert distance(got, want) < 1e-5
 
