@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from peftc.contract import Effect, Pass, PassResult
-from peftc.errors import PeftcError, raise_all
+from peftc.errors import PassError, PeftcError, raise_all
 
 if TYPE_CHECKING:
     from peftc.program import Program
@@ -19,7 +19,7 @@ class Merge(Pass):
     def check(self, program: Program) -> list[PeftcError]:
         from peftc.algebra import fold_sites
 
-        return list(fold_sites(program)[1])
+        return [*unmergeable(program), *fold_sites(program)[1]]
 
     def run(self, program: Program) -> PassResult:
         from peftc.algebra import fold_sites
@@ -27,3 +27,17 @@ class Merge(Pass):
         merged, errors = fold_sites(program)
         raise_all(errors)
         return PassResult(merged, modified=merged is not program)
+
+
+def unmergeable(program: Program) -> list[PeftcError]:
+    """An error for each adapter that puts virtual tokens first, which no weights can do."""
+    return [
+        PassError(
+            f"the adapter {adapter.name!r} is no change of weights: it puts "
+            "virtual tokens before each sequence",
+            where=f"adapter {adapter.name}",
+            fix="keep it beside the model: leave out --merge, and write it with --format peft",
+        )
+        for adapter in program.adapters.values()
+        if adapter.method is not None and adapter.method.prefixed
+    ]

@@ -120,7 +120,7 @@ class Prompt(Method):
         settled._vocabulary, settled._width = site.in_features, site.out_features
         return settled
 
-    def finish(self, model: nn.Module) -> None:
+    def enliven(self, model: nn.Module, tensors: Mapping[str, Any]) -> None:
         from peftc.virtual import put_before
 
         put_before(model, self._vocabulary, self.tokens, self.positions)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peftc.passes.starts import restore_base
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
+    from peftc.prefixes import prefix_cache
     from peftc.program import Program
     from peftc.prompt_cache import PromptCache
     from peftc.recipe import Recipe
@@ -52,6 +53,7 @@ _HOMES = {
     "passes.starts": ("restore_base",),
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
+    "prefixes": ("prefix_cache",),
     "program": ("Program",),
     "prompt_cache": ("PromptCache",),
     "recipe": ("Recipe",),
@@ -63,7 +65,8 @@ __all__ = [
     "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
     "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "SiteAnalysis",
     "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
-    "optimizer_groups", "restore_base", "to_cache", "to_peft", "to_safetensors", "verify",
+    "optimizer_groups", "prefix_cache", "restore_base", "to_cache", "to_peft", "to_safetensors",
+    "verify",
 ]  # fmt: skip
 
 

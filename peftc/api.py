@@ -251,7 +251,6 @@ def export(
             raise ArtifactError(
                 "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
             )
-<<<<<<< HEAD
         program, report = merge_adapters(program, merge_base, then, original, force, progress)
     elif merge_base or then or original:
         raise ArtifactError(
@@ -259,12 +258,8 @@ def export(
             where=str(source),
             fix="add merge=True, or leave them out",
         )
-=======
-        known = original or original_of(source)
-        program, report = merge_adapters(program, merge_base, then, known, force, progress)
     if format == "cache":
         return to_cache(program, target, overwrite=overwrite)
->>>>>>> issue5-prompts
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     return to_safetensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from peftc import graphs
+from peftc.attention import Attention, find
 from peftc.checkpoint import Checkpoint, resolve
 from peftc.constants import Constant, Held, Leaf, Packed, derive
 from peftc.conversion import Arrangement, arrange
@@ -27,6 +29,7 @@ from peftc.outline import (
     checkpoint_outline,
     config_of,
     outline_of,
+    skeleton,
 )
 from peftc.program import OutputFile, Part, Program
 from peftc.roles import Roles, trace
@@ -120,6 +123,13 @@ class CheckpointSource:
     def roles(self) -> Roles | None:
         return self.outline.roles
 
+    def attention(self) -> Attention | None:
+        return self._attention
+
+    @cached_property
+    def _attention(self) -> Attention | None:
+        return find(skeleton(self.checkpoint))
+
 
 @dataclass(frozen=True)
 class ModuleSource:
@@ -152,6 +162,9 @@ class ModuleSource:
 
     def roles(self) -> Roles | None:
         return _traced(self.module)
+
+    def attention(self) -> Attention | None:
+        return find(self.module)
 
 
 _roles: WeakKeyDictionary[nn.Module, Roles | None] = WeakKeyDictionary()

@@ -16,6 +16,7 @@ from peftc.errors import AdapterError, PassError, PeftcError
 from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from peftc.constants import Constant
@@ -103,8 +104,6 @@ _TARGETS = {
     "target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers",
     "layers_pattern": "layers_pattern",
 }  # fmt: skip
-
-
 _HEADS = {"classifier", "score"}  # both of which PEFT saves of any classifier, whichever it has
 
 
@@ -121,6 +120,7 @@ class Method(Targets, Pass):
         additive: Whether all that it does is `add_to_output`, so that a number can weigh it.
         prefixed: Whether it puts virtual tokens before a sequence: PEFT's config of it names no
             target modules, and its file has `base_model.` before a module where others have more.
+            What it has in `common` belongs to the model as a whole.
         apart: Why its sites are no place for weights or for other methods after it, if so.
     """
 
@@ -214,8 +214,13 @@ class Method(Targets, Pass):
         """What PEFT's file holds, by name, of the adapter's tensors by theirs."""
         return tensors
 
-    def finish(self, model: nn.Module) -> None:
-        """Changes what a live model does beyond its sites, such as what it takes in."""
+    def enliven(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Changes what a live model does beyond its sites.
+
+        Args:
+            model: Its sites are in place already.
+            tensors: Of a prefixed method: those that belong to the model as a whole.
+        """
 
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""
@@ -236,15 +241,11 @@ class Method(Targets, Pass):
 
     def saved(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The modules that are trained whole, and patterns that match none."""
-        names = (
-            [self.modules_to_save]
-            if isinstance(self.modules_to_save, str)
-            else self.modules_to_save
-        )
-        known = [name for name in names or () if name not in _HEADS]
-        heads = {head for head in _HEADS & set(names or ()) if named_modules(head, program)[0]}
+        given = self.modules_to_save or []
+        names = dict.fromkeys([given] if isinstance(given, str) else given)
+        found = [name for name in names if name in _HEADS and named_modules(name, program)[0]]
         # Of the heads' names that PEFT adds by itself one is enough.
-        wanted = [*known, *sorted(heads or _HEADS & set(names or ()))]
+        wanted = [name for name in names if name not in _HEADS or name in found or not found]
         return named_modules(wanted, program) if wanted else ([], [])
 
     def check(self, program: Program) -> list[PeftcError]:

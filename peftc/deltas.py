@@ -49,7 +49,8 @@ def again(onto: Program, program: Program, names: Sequence[str]) -> Program:
             for fqn, site in program.sites.items()
             if fqn in adapter.sites
         }
-        onto = onto.inject(adapter.method, list(given), given)
+        common = {key: program.constants[fqn] for key, fqn in adapter.prompts.items()}
+        onto = onto.inject(adapter.method, list(given), given, common)
     return onto
 
 
@@ -57,14 +58,16 @@ def _owned(program: Program, adapter: Adapter) -> set[str]:
     """The tensors that an adapter brought, at every site, by their names in the model."""
     locals_ = _locals(program, adapter)
     named = {program.sites[fqn].name(local) for fqn in adapter.sites for local in locals_}
-    return (named | adapter.frozen) & program.constants.keys() - program.captured.keys()
+    owned = named | adapter.frozen | {*adapter.prompts.values()}
+    return owned & program.constants.keys() - program.captured.keys()
 
 
 def _locals(program: Program, adapter: Adapter) -> set[str]:
     """The names that an adapter's own tensors have at its sites, those that they share too."""
     prefixes = [program.sites[fqn].name("\0").rstrip("\0") for fqn in adapter.sites]
     prefixes.sort(key=len, reverse=True)  # of nested sites the inner one's
-    own = [fqn for fqn in adapter.tensors.values() if fqn not in program.captured]
+    whole = {*program.captured, *adapter.prompts.values()}
+    own = [fqn for fqn in adapter.tensors.values() if fqn not in whole]
     return {next(fqn.removeprefix(p) for p in prefixes if fqn.startswith(p)) for fqn in own}
 
 
@@ -99,6 +102,16 @@ def untold(program: Program, names: Sequence[str]) -> list[PeftcError]:
     errors: list[PeftcError] = []
     base = program.captured
     for name in names:
+        if (method := program.adapters[name].method) is not None and method.prefixed:
+            errors.append(
+                PassError(
+                    f"the adapter {name!r} puts virtual tokens before each sequence, and changes "
+                    "no weights",
+                    where=f"adapter {name}",
+                    fix="keep it as it is: --format peft, without --canonical",
+                )
+            )
+            continue
         trained = [fqn for fqn in program.adapters[name].tensors.values() if fqn in base]
         if trained:
             errors.append(

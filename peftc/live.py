@@ -111,14 +111,16 @@ def materialize(
             model.set_submodule(site.fqn, live.module(site, model.get_submodule(site.fqn)))
     for owner, members in experts.items():
         live.experts(members, model.get_submodule(owner))
+    for adapter in program.adapters.values():
+        if adapter.method is not None:
+            wide = torch.promote_types(next(iter(parameters.values())).dtype, torch.float32)
+            tensors = {name: live.tensor(fqn, wide) for name, fqn in adapter.prompts.items()}
+            adapter.method.enliven(model, tensors)
     if trainable := program.trainable:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             if name in trainable:
                 parameter.requires_grad_(True)
-    for adapter in program.adapters.values():
-        if adapter.method is not None:
-            adapter.method.finish(model)
     return model.to(device)
 
 
@@ -210,16 +212,17 @@ class _Live:
             path = fqn.removeprefix(f"{owner}.")
             tensor = getattr(old, path, None) if "." not in path else None
             if not isinstance(tensor, torch.Tensor):
-                tensor = self._tensor(fqn, torch.promote_types(weight.dtype, torch.float32))
+                tensor = self.tensor(fqn, torch.promote_types(weight.dtype, torch.float32))
             if state is not old or path not in old._parameters:
-                _place(state, path, tensor)
+                place(state, path, tensor)
             specs[local] = Spec(tuple(tensor.shape), tensor.dtype)
         for local, p in site.dropouts.items():
-            _place(state, site.name(local).removeprefix(f"{owner}."), nn.Dropout(p))
+            place(state, site.name(local).removeprefix(f"{owner}."), nn.Dropout(p))
         graph = _rounded(opened_graph, site.kind, weight.dtype)
         return _slim(graph, specs, site.kind.specs(site.shape, weight.dtype))
 
-    def _tensor(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
+    def tensor(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
+        """A constant as a tensor of the model: a parameter, unless it is frozen."""
         constant = self.program.constants[fqn]
         if fqn in self.frozen:
             if constant not in self._shared:
@@ -253,7 +256,7 @@ def _wide(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _place(root: nn.Module, path: str, item: nn.Module | torch.Tensor) -> None:
+def place(root: nn.Module, path: str, item: nn.Module | torch.Tensor) -> None:
     """Sets `a.b.c` of a module, making the modules on the way; a plain tensor is a buffer."""
     *owners, leaf = path.split(".")
     for name in owners:

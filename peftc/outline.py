@@ -155,7 +155,7 @@ def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
     try:
         return Outline.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
-        model = _skeleton(checkpoint)
+        model = skeleton(checkpoint)
         outline = outline_of(model)
         more = {
             "conversions": tuple(conversions_of(model)),
@@ -213,7 +213,12 @@ def config_of(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that a checkpoint's config describes, on the meta device.
+
+    Raises:
+        CaptureError: transformers has no such architecture, or cannot build it.
+    """
     cls = architecture(checkpoint)
     try:
         config = config_of(checkpoint)

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from peftc.attention import Attention
     from peftc.roles import Roles
+
+
+PROMPTS = "prompt_encoder"  # the module of a live model that has what belongs to no site
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Source(Protocol):
     def roles(self) -> Roles | None:
         """Which modules a forward pass calls and what for, where that can be found out."""
 
+    def attention(self) -> Attention | None:
+        """Where it attends to its text, where that can be found out."""
+
 
 class Injector(Protocol):
     """What `Program.inject` needs of a method (see `peftc.contract.Method`)."""
@@ -77,18 +84,18 @@ class Injector(Protocol):
     def seed(self) -> int: ...
     @property
     def times(self) -> float: ...
+    @property
+    def prefixed(self) -> bool: ...
+    @property
+    def apart(self) -> str | None: ...
     def inject(self, site: SiteEditor) -> None: ...
     def settled(self, program: Program) -> Injector: ...
     def peft_config(self) -> dict[str, Any]: ...
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]: ...
+    def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]: ...
+    def enliven(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None: ...
     def trains(self, program: Program, sites: list[str]) -> list[str]: ...
     def infix(self, program: Program, fqn: str) -> str: ...
-    @property
-    def apart(self) -> str | None: ...
-    @property
-    def prefixed(self) -> bool: ...
-    def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]: ...
-    def finish(self, model: nn.Module) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,13 @@ class Adapter:
     frozen: frozenset[str] = frozenset()
     sites: tuple[str, ...] = ()
     method: Injector | None = None
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Its tensors that belong to the model as a whole, by their names without the adapter's."""
+        own = f"{PROMPTS}.{self.name}."
+        names = (fqn for fqn in self.tensors.values() if fqn.startswith(own))
+        return {fqn.removeprefix(own): fqn for fqn in names}
 
 
 @dataclass(frozen=True)
@@ -278,6 +292,10 @@ class Program:
             constants |= {site.name(local): c for local, c in editor.held.items()}
             frozen |= {site.name(local) for local in editor.held}
             constants |= {site.name(local): c for local, c in editor.rebound.items()}
+        if method.prefixed:
+            own_names = {key: f"{PROMPTS}.{method.adapter}.{key}" for key in shared}
+            constants |= {own_names[key]: constant for key, constant in shared.items()}
+            tensors |= own_names
         errors += [
             AdapterError(
                 f"is trained by the adapter {other.name!r} already",

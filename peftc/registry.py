@@ -24,6 +24,7 @@ PASSES = {
     "bitfit": "peftc.passes.bitfit:BitFit",
     "layernorm": "peftc.passes.layernorm:LayerNorm",
     "full": "peftc.passes.full:Full",
+    "prefix_tuning": "peftc.passes.prefix_tuning:PrefixTuning",
     "trainable_tokens": "peftc.passes.tokens:TrainableTokens",
     "prompt_tuning": "peftc.passes.prompt_tuning:PromptTuning",
     "p_tuning": "peftc.passes.p_tuning:PTuning",

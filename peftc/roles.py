@@ -95,7 +95,7 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
         None for a model of which no part can be run.
     """
     names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    parts = {name: found for name, found in names.items() if name == "" or _is_model(found)}
+    parts = {name: found for name, found in names.items() if name == "" or is_model(found)}
     examples = {name: _examples(part) for name, part in parts.items()}
     if inputs is not None:
         examples[""] = dict(inputs)
@@ -116,14 +116,14 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
     for name in parts.keys() & called:
         wants = (*MEDIA, "encoder_hidden_states") if name in ran and name else MEDIA
         lacks = [
-            want for want in wants if want in _takes(parts[name]) and want not in examples[name]
+            want for want in wants if want in takes(parts[name]) and want not in examples[name]
         ]
         if not lacks or (name == "" and inputs is not None):
             whole.add(name)
     unknown = {
         name
         for name in names.keys() - called
-        if max((part for part in parts if _within(part, name)), key=len) not in whole
+        if max((part for part in parts if within(part, name)), key=len) not in whole
     }
     return Roles(
         called=frozenset(called),
@@ -134,7 +134,7 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
 
 def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     """Tiny inputs, on the CPU, that a transformers model's config and forward ask for, if any."""
-    config, takes = getattr(model, "config", None), _takes(model)
+    config, wanted = getattr(model, "config", None), takes(model)
     dtype = next((x.dtype for x in model.parameters() if x.is_floating_point()), torch.float32)
 
     def get(*names: str) -> Any:
@@ -148,27 +148,27 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
     examples: dict[str, torch.Tensor] = {}
     for name in ("input_ids", "decoder_input_ids"):
-        if name in takes and (size := get("vocab_size")):
+        if name in wanted and (size := get("vocab_size")):
             ids = torch.arange(TOKENS) % size
             if isinstance(end := get("eos_token_id"), int) and 0 <= end < size:
                 ids[-1] = end  # where some classifiers look for the text's end
             examples[name] = ids[None]
     # With placeholders among the text, an image's features would have to match their number.
-    if "pixel_values" in takes and get("image_size") and not get("image_token_id"):
+    if "pixel_values" in wanted and get("image_size") and not get("image_token_id"):
         sizes = get("image_size")
         sizes = (sizes, sizes) if isinstance(sizes, int) else tuple(sizes)
         shape = (1, get("num_channels") or 3, *sizes)
         examples["pixel_values"] = torch.zeros(shape, dtype=dtype)
-    if "input_features" in takes and get("num_mel_bins") and get("max_source_positions"):
+    if "input_features" in wanted and get("num_mel_bins") and get("max_source_positions"):
         shape = (1, get("num_mel_bins"), 2 * get("max_source_positions"))
         examples["input_features"] = torch.zeros(shape, dtype=dtype)
-    if "input_values" in takes:
+    if "input_values" in wanted:
         examples["input_values"] = torch.zeros(1, 4000, dtype=dtype)  # a quarter second of sound
-    if "grid_thw" in takes and get("patch_size"):  # a tower that takes flat patches
+    if "grid_thw" in wanted and get("patch_size"):  # a tower that takes flat patches
         side, channels = get("spatial_merge_size") or 1, get("in_channels", "in_chans") or 3
         features = channels * (get("temporal_patch_size") or 1) * get("patch_size") ** 2
         patches = torch.zeros(side * side, features, dtype=dtype)
-        examples[next(iter(takes))] = patches
+        examples[next(iter(wanted))] = patches
         examples["grid_thw"] = torch.tensor([[1, side, side]])
     return examples
 
@@ -291,35 +291,35 @@ def _run(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> _Tracer | None
             # less of their values.
             with torch.no_grad(), FakeTensorMode() if fake else nullcontext() as mode:
                 examples = {name: mode.from_tensor(x) if mode else x for name, x in real.items()}
-                twin = _twin(model)
-                tracer = _Tracer(twin)
+                copied = twin(model)
+                tracer = _Tracer(copied)
                 with tracer:
-                    twin(**examples)
+                    copied(**examples)
         except Exception:  # any model code may fail on made-up inputs
             continue
         if not fake:
-            _level(tracer, twin)
-        _spread(tracer, twin)
+            _level(tracer, copied)
+        _spread(tracer, copied)
         return tracer
     return None
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """A copy for a forward pass on the CPU, whose tensors have one element of memory each."""
     memo: dict[int, Any] = {
         id(x): nn.Parameter(_like(x), requires_grad=False) for x in model.parameters()
     }
     memo |= {id(x): _like(x) for x in model.buffers()}
-    twin: Any = copy.deepcopy(model, memo).eval()
-    for module in twin.modules():
+    made: Any = copy.deepcopy(model, memo).eval()
+    for module in made.modules():
         if hasattr(config := getattr(module, "config", object()), "use_cache"):
             config.use_cache = False
     # Other kernels run on GPUs only, and a loop over experts depends on values.
-    if getattr(getattr(twin, "config", None), "_attn_implementation", "sdpa") not in CPU_ATTENTION:
-        twin.set_attn_implementation("eager")
-    if hasattr(twin, "set_experts_implementation"):
-        twin.set_experts_implementation("batched_mm")
-    return cast(nn.Module, twin)
+    if getattr(getattr(made, "config", None), "_attn_implementation", "sdpa") not in CPU_ATTENTION:
+        made.set_attn_implementation("eager")
+    if hasattr(made, "set_experts_implementation"):
+        made.set_experts_implementation("batched_mm")
+    return cast(nn.Module, made)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -337,7 +337,7 @@ def _level(tracer: _Tracer, model: nn.Module) -> None:
             for idle in entries - tracer.called if busy else ():
                 for name in names:
                     twin = f"{busy}{name.removeprefix(idle)}"
-                    if _within(idle, name) and twin in tracer.called:
+                    if within(idle, name) and twin in tracer.called:
                         tracer.called.add(name)
                         if twin in tracer.roles:
                             tracer.roles[name] = tracer.roles[twin]
@@ -353,7 +353,8 @@ def _spread(tracer: _Tracer, model: nn.Module) -> None:
             tracer.roles[name] = tracer.roles[first[id(module)]]
 
 
-def _takes(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+def takes(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a module's forward."""
     try:
         return inspect.signature(model.forward).parameters
     except (TypeError, ValueError):
@@ -373,7 +374,7 @@ def _is_linear(module: nn.Module) -> bool:
     return matrix and not isinstance(module, nn.Embedding)
 
 
-def _is_model(module: nn.Module) -> bool:
+def is_model(module: nn.Module) -> bool:
     """Whether it is a transformers model, whole or as a part of another."""
     return hasattr(module, "main_input_name") and hasattr(module, "config")
 
@@ -382,7 +383,8 @@ def _inside(name: str, child: str) -> str:
     return f"{name}.{child}" if name and child else name or child
 
 
-def _within(part: str, name: str) -> bool:
+def within(part: str, name: str) -> bool:
+    """Whether a module is a part or lies within it, by their names."""
     return part in ("", name) or name.startswith(f"{part}.")
 
 

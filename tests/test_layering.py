@@ -18,11 +18,11 @@ ORDER = [
     "errors", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants",
     "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets",
     "contract", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
-    "tracing", "conversion", "roles", "outline", "capturing", "structure", "storage", "artifact",
-    "early", "link", "fusing", "live", "virtual", "prompt_cache", "optimizer_groups", "witness",
-    "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe",
-    "merging", "api", "terminal", "inspection", "analysis_view", "demo_model", "demo",
-    "cli_options", "cli", "__main__",
+    "tracing", "conversion", "roles", "attention", "outline", "capturing", "structure", "storage",
+    "artifact", "early", "link", "fusing", "live", "virtual", "prompt_cache", "prefixes",
+    "optimizer_groups", "witness", "proof", "spectra", "analysis", "survival", "kernels", "passes",
+    "exporters", "recipe", "merging", "api", "terminal", "inspection", "analysis_view",
+    "demo_model", "demo", "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
@@ -32,7 +32,7 @@ TORCH_FREE = [
     "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
     "passes.prompt_tuning", "passes.p_tuning",
     "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
-    "passes.resize_vocabulary", "passes.replicate_layers",
+    "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
     "demo_model",
 ]  # fmt: skip
 SOURCES = sorted(
