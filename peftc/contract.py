@@ -190,6 +190,14 @@ class Method(Targets, Pass):
         """This method with what it has to know of the whole model, before it sees single sites."""
         return self
 
+    def opened(self, program: Program) -> Program:
+        """The program with the sites that this method works on and that are not there of themselves.
+
+        Most methods work on sites that every program has; one that works on whole modules makes
+        sites of them (`ModuleKind`), which no other method sees.
+        """
+        return program
+
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]:
         """The start of each constant that these sites share, by its name in PEFT's files."""
         return {}

@@ -21,6 +21,7 @@ PASSES = {
     "oft": "peftc.passes.oft:Oft",
     "boft": "peftc.passes.boft:Boft",
     "ia3": "peftc.passes.ia3:Ia3",
+    "bottleneck": "peftc.passes.bottleneck:Bottleneck",
     "bitfit": "peftc.passes.bitfit:BitFit",
     "layernorm": "peftc.passes.layernorm:LayerNorm",
     "full": "peftc.passes.full:Full",
