@@ -35,7 +35,7 @@ _SHOWN = 5  # how many of many alike errors are spelled out
 
 
 class Attach(Pass):
-    """Attach a trained PEFT adapter, from the directory that PEFT or peftc wrote."""
+    """Attach a trained adapter, from the directory that PEFT, AdapterHub or peftc wrote."""
 
     effect: ClassVar[Effect] = Effect.CHANGES
     positional: ClassVar[str | None] = "path"
@@ -110,7 +110,9 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
 
     directory = AdapterDirectory.open(resolve(path))
     method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
-    given, common, loose, errors = _sort(program, directory, name)
+    program = method.opened(program)
+    names = method.names_in(program, directory.config, list(directory.leaves()))
+    given, common, loose, errors = _sort(program, directory, name, names)
     raise_all(errors)
     given |= {fqn: {} for fqn in _tied(program, method, given)}
     raise_all(_unserved(program, method, list(given)))
@@ -143,7 +145,7 @@ def _method(directory: AdapterDirectory) -> Method:
 
 
 def _sort(
-    program: Program, directory: AdapterDirectory, name: str
+    program: Program, directory: AdapterDirectory, name: str, names: Mapping[str, str]
 ) -> tuple[
     dict[str, dict[str, Constant]], dict[str, Constant], dict[str, Constant], list[PeftcError]
 ]:
@@ -155,7 +157,8 @@ def _sort(
     loose: dict[str, Constant] = {}
     strays: list[str] = []
     experts = _experts(program, directory.config)
-    for key, leaf in directory.leaves().items():
+    for stored, leaf in directory.leaves().items():
+        key = names.get(stored, stored)
         path = key.removeprefix(PEFT_PREFIX)
         site, suffix = _place(program, experts, path)
         if path == key and key.startswith(_COMMON):

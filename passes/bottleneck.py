@@ -8,12 +8,13 @@ says what each of them computes where the papers leave it open.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from peftc import adapterhub
 from peftc.contract import Effect, Method, PassResult
 from peftc.errors import PassError, PeftcError, SelectionError
 from peftc.targets import LINEARS, Layers, Names
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from peftc.sites import Site, SiteEditor
     from peftc.sublayers import Sublayer
 
-SUBLAYERS = "sublayers"
+SUBLAYERS = "role:sublayers"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "houlsby": {
         "mh_adapter": True, "output_adapter": True, "original_ln_before": False,
@@ -45,6 +46,12 @@ LEARNED = ("learned", "channel")
 NON_LINEARITIES = Literal[
     "relu", "gelu", "gelu_new", "swish", "silu", "tanh", "sigmoid", "leakyrelu", "mish", "linear"
 ]
+_OPTIONS = (
+    "mh_adapter", "output_adapter", "is_parallel", "reduction_factor", "layer_factors",
+    "non_linearity", "scaling", "dropout", "ln_before", "ln_after", "original_ln_before",
+    "original_ln_after", "residual_before_ln", "adapter_residual_before_ln", "init", "leave_out",
+    "width",
+)  # fmt: skip
 _EPS = 1e-5  # of the adapter's own normalizations, as torch's LayerNorm has it
 
 
@@ -52,11 +59,12 @@ class Bottleneck(Method):
     """Inject bottlenecks: h + s·up(σ(down(h))), behind or beside sublayers or any modules."""
 
     peft_type: ClassVar[str | None] = "BOTTLENECK"
+    peft_fields: ClassVar[Mapping[str, str]] = {name: name for name in _OPTIONS}
     kinds: ClassVar[frozenset[str]] = frozenset({*LINEARS, "module", "norm"})
 
     targets: Names = Field(
         SUBLAYERS,
-        description="sublayers: behind or beside attention and feed-forward, where the model's own "
+        description="role:sublayers: behind or beside attention and feed-forward, where the model's own "
         "structure shows them; or any modules, by names, suffixes (mlp) or a regular expression",
     )
     preset: Literal["houlsby", "pfeiffer", "parallel"] = Field(
@@ -214,6 +222,39 @@ class Bottleneck(Method):
             site.stream if self.ln_after and self.adapter_residual_before_ln else None,
             lambda node: site.op(y.target, node, *norm),  # type: ignore[arg-type]
         )
+
+    def peft_config(self) -> dict[str, Any]:
+        options = {key: self.option(key) for key in PRESETS[self.preset]}
+        chosen = {key: getattr(self, key) for key in _OPTIONS} | options
+        return {
+            "peft_type": self.peft_type,
+            **chosen,
+            "at_sublayers": self.targets == SUBLAYERS,
+            "exclude_modules": self.exclude,
+            "layers_to_transform": self.layers,
+            "layers_pattern": self.layers_pattern,
+            "modules_to_save": self.modules_to_save,
+        }
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return super().reads(config) or adapterhub.is_hub(config)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        if adapterhub.is_hub(config):
+            return cls(targets=SUBLAYERS, **adapterhub.options_of(config))
+        plain = {key: value for key, value in config.items() if key != "at_sublayers"}
+        if config.get("at_sublayers"):
+            plain["target_modules"] = SUBLAYERS
+        return super().from_peft(plain)
+
+    def names_in(
+        self, program: Program, config: Mapping[str, Any], keys: Sequence[str]
+    ) -> dict[str, str]:
+        if not adapterhub.is_hub(config):
+            return {}
+        return adapterhub.read_names(program, config, self.pick(program)[0], keys)
 
     def factor_at(self, fqn: str) -> float:
         """The reduction factor at one site."""

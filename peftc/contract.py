@@ -198,6 +198,12 @@ class Method(Targets, Pass):
         """
         return program
 
+    def names_in(
+        self, program: Program, config: Mapping[str, Any], keys: Sequence[str]
+    ) -> dict[str, str]:
+        """PEFT's names of the tensors of a directory that has others, by those."""
+        return {}
+
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]:
         """The start of each constant that these sites share, by its name in PEFT's files."""
         return {}

@@ -62,7 +62,7 @@ def name_of(cls: type[Pass]) -> str:
 
 
 def method_for(config: Mapping[str, Any]) -> type[Method]:
-    """The method that reads a PEFT adapter_config.json.
+    """The method that reads an adapter_config.json.
 
     Raises:
         AdapterError: None does.
@@ -75,5 +75,5 @@ def method_for(config: Mapping[str, Any]) -> type[Method]:
             return cls
     known = ", ".join(sorted({cls.peft_type for cls in methods if cls.peft_type}))
     raise AdapterError(
-        f"adapters of type {config['peft_type']} cannot be attached", fix=f"there are: {known}"
+        f"adapters of type {config.get('peft_type')} cannot be attached", fix=f"there are: {known}"
     )
