@@ -100,5 +100,5 @@ def _model_config(program: Program) -> dict[str, Any]:
     source: Any = program.source
     if hasattr(source, "checkpoint"):
         return dict(source.checkpoint.config)
-    config = getattr(source.module, "config", None)
+    config: Any = getattr(source.module, "config", None)
     return dict(config.to_dict()) if hasattr(config, "to_dict") else {}

@@ -1,6 +1,6 @@
-"""Bottleneck adapters: two small linear layers with a nonlinearity between, behind or beside others.
+"""Bottleneck adapters: two small linear layers and a nonlinearity, behind or beside other modules.
 
-Houlsby et al. 2019 (arXiv:1902.00751, fig. 2), Pfeiffer et al. 2020 (arXiv:2005.00247, §3) and He et
+Houlsby et al. 2019 (arXiv:1902.00751, fig. 2), Pfeiffer et al. 2020 (arXiv:2005.00247, §3), He et
 al. 2021 (arXiv:2110.04366, table 1). The options are those of AdapterHub's `adapters` 1.3.0, which
 says what each of them computes where the papers leave it open.
 """
@@ -64,8 +64,8 @@ class Bottleneck(Method):
 
     targets: Names = Field(
         SUBLAYERS,
-        description="role:sublayers: behind or beside attention and feed-forward, where the model's own "
-        "structure shows them; or any modules, by names, suffixes (mlp) or a regular expression",
+        description="role:sublayers: behind or beside attention and feed-forward, where the "
+        "model's own structure shows them; or any modules: names, suffixes (mlp), an expression",
     )
     preset: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "pfeiffer",
@@ -198,16 +198,22 @@ class Bottleneck(Method):
         """What a sequential adapter at this site reads, and what it stands between."""
         y = site.y
         kept = self.residual_before_ln
+        if self.targets != SUBLAYERS or not self.option("original_ln_before"):
+            return _Frame(y, lambda: y, lambda: y)
         if site.kind.name != "norm":
-            if not self.option("original_ln_before") or self.targets != SUBLAYERS:
-                return _Frame(y, lambda: y, lambda: y)
             total = site.add(y, site.stream)
             residual = y if kept == "true" else total
             rest = residual if self.original_ln_after else y  # the model adds the stream itself
             return _Frame(total, lambda: residual, lambda: rest)
         if not self.original_ln_after:
             return _Frame(y, lambda: y, lambda: y)
-        total, *norm = y.args
+        if str(y.target) != "aten.layer_norm.default":
+            raise PassError(
+                "another adapter stands behind this normalization, and this one within it",
+                where=site.site.fqn,
+                fix="add the other one later",
+            )
+        total, norm = y.all_input_nodes[0], y.args[1:]
         residuals: dict[str, Callable[[], fx.Node]] = {
             "true": lambda: _difference(site, total), "post_add": lambda: total, "false": lambda: y,
         }  # fmt: skip
@@ -298,18 +304,15 @@ class Bottleneck(Method):
                     )
                 )
                 continue
-            sites.append(_site(fqn, ModuleKind(), (sizes[1], sizes[0]), program))
+            sites.append(_made(fqn, ModuleKind(), (sizes[1], sizes[0]), program))
         return sites, errors
 
     def sublayers(self, program: Program) -> tuple[list[Site], list[PeftcError]]:
         """The sites at the model's attentions and feed-forwards."""
         roles = program.source.roles()
         wanted = {"attention": "mh_adapter", "feed_forward": "output_adapter"}
-        chosen = [
-            (s, roles.features[s.exit][1])
-            for s in (roles.sublayers if roles else ())
-            if self.option(wanted[s.role])
-        ]
+        seen = [(s, roles.features[s.exit][1]) for s in roles.sublayers] if roles else []
+        chosen = [(s, width) for s, width in seen if self.option(wanted[s.role])]
         if not chosen:
             what = "no attention or feed-forward that adds to a stream is seen in the model"
             return [], [SelectionError(what, fix="name the modules: targets=…")]
@@ -322,10 +325,8 @@ class Bottleneck(Method):
             own = program.sites.get(fqn)
             if fqn not in left:
                 continue
-            if own is None or own.kind == kind:
-                sites.append(_site(fqn, kind, shape, program))
-            elif own.kind.opened and self.reads_output:
-                sites.append(own)
+            if own is None or own.kind == kind or self.reads_output:
+                sites.append(own or _made(fqn, kind, shape, program))
             else:
                 errors.append(
                     PassError(
@@ -389,12 +390,10 @@ class _Frame:
     finish: Callable[[fx.Node], fx.Node] = lambda node: node
 
 
-def _site(fqn: str, kind: Kind, shape: tuple[int, ...], program: Program) -> Site:
-    """The program's site of a module, or a new one."""
+def _made(fqn: str, kind: Kind, shape: tuple[int, ...], program: Program) -> Site:
+    """A new site of a module."""
     from peftc.sites import Site, template
 
-    if fqn in program.sites:
-        return program.sites[fqn]
     bias = kind.name == "norm" and f"{fqn}.bias" in program.constants
     graph = template(kind, bias)
     return Site(fqn, kind, graph, graph, shape, bias)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftc.capturing import capture
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
+    from peftc.exporters.to_adapterhub import to_adapterhub
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
@@ -37,6 +38,7 @@ _HOMES = {
     "capturing": ("capture",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
+    "exporters.to_adapterhub": ("to_adapterhub",),
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
@@ -59,7 +61,7 @@ __all__ = [
     "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
     "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis", "Unmerge",
     "absorb", "analyse", "apply", "capture", "export", "load", "materialize", "optimizer_groups",
-    "restore_base", "to_peft", "to_safetensors", "verify",
+    "restore_base", "to_adapterhub", "to_peft", "to_safetensors", "verify",
 ]  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def config_of(options: Mapping[str, Any]) -> dict[str, Any]:
 def prefixes(program: Program) -> dict[str, str]:
     """For each module that may have a sublayer's adapter, AdapterHub's name of its place."""
     roles = program.source.roles()
-    found = {}
+    found: dict[str, str] = {}
     for sublayer in roles.sublayers if roles else ():
         owner = sublayer.exit.rpartition(".")[0]
         layer = re.match(r"(?:.*\.)?\d+(?=\.)", sublayer.exit)

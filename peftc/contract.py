@@ -191,7 +191,7 @@ class Method(Targets, Pass):
         return self
 
     def opened(self, program: Program) -> Program:
-        """The program with the sites that this method works on and that are not there of themselves.
+        """The program with the sites that this method works on and that others do not see.
 
         Most methods work on sites that every program has; one that works on whole modules makes
         sites of them (`ModuleKind`), which no other method sees.

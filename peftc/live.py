@@ -89,7 +89,8 @@ def materialize(
             # Not into the old one, which takes no memory where the source has 4 bits.
             old = tensors[fqn]
             old.data = old.new_empty(old.shape).copy_(value(program.constants[fqn]))
-    live = _Live(program, device, next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32))
+    dtypes = (p.dtype for p in parameters.values() if p.is_floating_point())
+    live = _Live(program, device, next(dtypes, torch.float32))
     experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
         if site.is_plain and not isinstance(program.weight_of(site), Packed):
@@ -216,7 +217,8 @@ class _Live:
                 _place(state, path, tensor)
             specs[local] = Spec(tuple(tensor.shape), tensor.dtype)
         for local, p in site.dropouts.items():
-            _place(state, site.name(local).removeprefix(f"{owner}."), nn.Dropout(p))
+            dropout = nn.Dropout(p).train(old.training)
+            _place(state, site.name(local).removeprefix(f"{owner}."), dropout)
         if not site.kind.opened:  # what its inputs' dtypes are, only a run can tell
             return opened_graph
         graph = _rounded(opened_graph, site.kind, dtype)

@@ -2,8 +2,8 @@
 
 A transformer's attention and its feed-forward each take a stream r of hidden states and give h; the
 model goes on with r + h, or with the layer normalization of that sum (post-norm). While the model
-runs on tensors without data (see `peftc.roles`), it is seen which modules take a tensor first, which
-give it last, and which tensors are summed; no name of an architecture is looked at.
+runs on tensors without data (see `peftc.roles`), it is seen which modules take and give which
+tensor, and which are summed; no name of an architecture is looked at.
 """
 
 from __future__ import annotations
