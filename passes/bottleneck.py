@@ -357,7 +357,8 @@ class Bottleneck(Method):
     def check(self, program: Program) -> list[PeftcError]:
         errors = super().check(self.opened(program))
         normed = any(s.kind.name == "norm" for s in self.places(program)[0])
-        if self.residual_before_ln == "post_add" and not normed:
+        sequential = not self.option("is_parallel")
+        if self.residual_before_ln == "post_add" and sequential and not normed:
             errors.append(
                 PassError(
                     "residual_before_ln=post_add needs a model that normalizes behind its "

@@ -82,13 +82,13 @@ def _around(cls: type[nn.Module], graph: fx.Graph) -> Callable[..., Any]:
 
     def run(self: Any, x: torch.Tensor, args: Any, kwargs: Mapping[str, Any]) -> Any:
         out = cls.forward(self, *args, **kwargs) if "y" in names else None
-        given = {"x": x, "y": out if isinstance(out, torch.Tensor) else None}
-        if out is not None and given["y"] is None:
-            given["y"] = _first((out,), {})
+        given = {"x": x, "y": _first((out,), {})}
         if "stream" in names:
             heard = self._peftc_heard
             given["stream"], heard.value = heard.value, None
-        return _replaced(out, function(self, *(given[name] for name in names)))
+            if given["stream"] is None:
+                raise RuntimeError("the module whose input is this one's stream did not run before")
+        return _replaced(out, given["y"], function(self, *(given[name] for name in names)))
 
     return run
 
@@ -105,16 +105,17 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return None
 
 
-def _replaced(out: Any, y: torch.Tensor) -> Any:
-    """What a module returned, with its first tensor replaced."""
+def _replaced(out: Any, old: torch.Tensor | None, new: torch.Tensor) -> Any:
+    """What a module returned, with one of its tensors replaced."""
+    if out is old:
+        return new
     if isinstance(out, Mapping):
-        first = next(iter(out))
-        copy: Any = type(out)(**{**out, first: y})
-        return copy
+        items: Any = {key: _replaced(item, old, new) for key, item in out.items()}
+        return items if type(out) is dict else type(out)(**items)
     if isinstance(out, (tuple, list)):
-        rest = (y, *out[1:])
-        return type(out)(*rest) if hasattr(out, "_fields") else type(out)(rest)
-    return y
+        parts = [_replaced(item, old, new) for item in out]
+        return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
+    return out
 
 
 def _rebuild(cls: type[nn.Module], rows: list[Any] | None) -> nn.Module:

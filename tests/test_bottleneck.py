@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,8 +34,10 @@ from peftc import (
 )  # fmt: skip
 from peftc.adapterhub import prefixes
 from peftc.errors import AdapterError, ArtifactError, FoldError, PeftcError
+from peftc.graphs import Builder, intern
 from peftc.passes.bottleneck import Bottleneck
 from peftc.roles import trace
+from peftc.surrounding import surround
 
 from .conftest import ARCHITECTURES, MakeCheckpoint, auto, distance, logits
 
@@ -142,10 +144,9 @@ class Reference:
                 h = h if norm is None else norm(h)
                 residual = h if p.residual_before_ln == "false" else residual
             out = self.adapter(own, h, residual)
-        if not p.original_ln_after:
-            return out
-        total: torch.Tensor = out + stream
-        return total if norm is None else norm(total)  # type: ignore[no-any-return]
+        total = out + stream if p.original_ln_after else out
+        result: torch.Tensor = norm(total) if norm and p.original_ln_after else total
+        return result
 
     def adapter(self, own: dict[str, torch.Tensor], x: Any, residual: Any) -> torch.Tensor:
         """Adapter.forward, and ParallelAdapter.forward, which has no residual."""
@@ -155,7 +156,7 @@ class Reference:
             x = self.norm(own, "adapter_norm_before", x)
         down = (own[f"adapter_down.{number}.{leaf}"] for leaf in ("weight", "bias"))
         get: Any = transformers.activations.get_activation
-        act = nn.functional.leaky_relu if name == "leakyrelu" else get(name)
+        act: Any = nn.functional.leaky_relu if name == "leakyrelu" else get(name)
         h = act(nn.functional.linear(x, *down))
         h = nn.functional.linear(h, own["adapter_up.weight"], own["adapter_up.bias"])
         scaling = p.option("scaling")
@@ -286,6 +287,42 @@ def test_dropout_follows_the_mode_of_the_model(checkpoint: MakeCheckpoint) -> No
     assert not torch.equal(logits(model), logits(model))
 
 
+class Point(NamedTuple):
+    first: torch.Tensor
+    second: int
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda y: y,
+        lambda y: (y, None),
+        lambda y: [None, y],
+        lambda y: {"y": y, "more": 1},
+        lambda y: Point(y, 1),
+        lambda y: transformers.modeling_outputs.BaseModelOutput(last_hidden_state=y),
+    ],
+)
+def test_first_tensor_is_replaced_whatever_holds_it(shape: Callable[[Any], Any]) -> None:
+    class Module(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return shape(x + 1)
+
+    build = Builder()
+    x, y = build.input("x"), build.input("y")
+    build.graph.output(build.add(x, build.mul(y, 2.0)))
+    module, given = Module(), torch.zeros(2)
+    surround(module, intern(build.graph))
+    out, want = module(given), shape(torch.full((2,), 2.0))
+    assert type(out) is type(want) and str(out) == str(want)
+
+
+def test_module_without_its_stream_says_so(checkpoint: MakeCheckpoint) -> None:
+    model: Any = materialize(adapted(checkpoint("llama"), preset="parallel"))
+    with pytest.raises(RuntimeError, match="did not run before"):
+        model.model.layers[0].mlp(torch.zeros(1, 2, 48))
+
+
 class Pair(nn.Module):
     """Takes keywords, gives a tuple."""
 
@@ -311,13 +348,8 @@ class Outer(nn.Module):
 def test_adapter_stands_behind_or_beside_a_named_module(is_parallel: bool) -> None:
     torch.manual_seed(0)
     plain, x = Outer(), torch.randn(3, 6)
-    options: dict[str, Any] = {
-        "targets": ["pair"],
-        "is_parallel": is_parallel,
-        "width": 6,
-        "scaling": "0.5",
-    }
-    model = materialize(adapted(plain, **options))
+    program = adapted(plain, targets=["pair"], is_parallel=is_parallel, width=6, scaling="0.5")
+    model = materialize(program)
     own = {n.rpartition("adapter_")[2]: p for n, p in model.named_parameters() if "adapter_" in n}
     read = x if is_parallel else plain(x)[0]
     h = torch.relu(nn.functional.linear(read, own["down.default.weight"], own["down.default.bias"]))
@@ -391,17 +423,13 @@ def test_merging_is_refused_with_the_node_that_stands_in_the_way(
 def test_adapter_without_nonlinearity_at_a_linear_layer_merges(
     is_parallel: bool, checkpoint: MakeCheckpoint
 ) -> None:
-    options: dict[str, Any] = {
-        "targets": ["c_fc"],
-        "non_linearity": "linear",
-        "is_parallel": is_parallel,
-    }
-    program = adapted(checkpoint("gpt2"), **options)
+    base = checkpoint("gpt2")
+    program = adapted(base, targets=["c_fc"], non_linearity="linear", is_parallel=is_parallel)
     merged = Pipeline([Merge()]).run(program)
     assert not merged.adapters
     assert distance(logits(materialize(merged)), logits(materialize(program))) < 1e-5
     with pytest.raises(PeftcError, match=r"c_fc: node .*aten\.relu"):
-        Pipeline([Merge()]).run(adapted(checkpoint("gpt2"), targets=["c_fc"]))
+        Pipeline([Merge()]).run(adapted(base, targets=["c_fc"]))
 
 
 @pytest.mark.parametrize("base", [*BASES, "opt", "qwen2"])
