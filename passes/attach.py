@@ -35,7 +35,7 @@ _SHOWN = 5  # how many of many alike errors are spelled out
 
 
 class Attach(Pass):
-    """Attach a trained PEFT adapter, from the directory that PEFT or peftc wrote."""
+    """Attach a trained adapter, from the directory that PEFT, AdapterHub or peftc wrote."""
 
     effect: ClassVar[Effect] = Effect.CHANGES
     positional: ClassVar[str | None] = "path"
@@ -110,6 +110,7 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
 
     directory = AdapterDirectory.open(resolve(path))
     method = _method(directory).weighted(weight).model_copy(update={"adapter": name})
+    program = method.opened(program)
     given, common, loose, errors = _sort(program, directory, method)
     raise_all(errors)
     given |= {fqn: {} for fqn in _tied(program, method, given)}
@@ -155,7 +156,8 @@ def _sort(
     loose: dict[str, Constant] = {}
     strays: list[str] = []
     experts = _experts(program, directory.config)
-    for key, leaf in method.from_file(program, directory.leaves()).items():
+    tensors = method.from_file(program, directory.config, directory.leaves())
+    for key, leaf in tensors.items():
         path = key.removeprefix(PEFT_PREFIX)
         if method.prefixed and key.removeprefix(_COMMON) in program.constants:
             key = PEFT_PREFIX + (path := key.removeprefix(_COMMON))

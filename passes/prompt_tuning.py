@@ -136,7 +136,7 @@ class Prompt(Method):
         return {**config, "token_dim": self._width, "num_transformer_submodules": 1}
 
     def from_file(
-        self, program: Program, tensors: Mapping[str, Constant]
+        self, program: Program, config: Mapping[str, Any], tensors: Mapping[str, Constant]
     ) -> Mapping[str, Constant]:
         chosen, errors = self.pick(program)
         if _FILE not in tensors:

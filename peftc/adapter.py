@@ -1,4 +1,4 @@
-"""PEFT's adapter directories: adapter_config.json and adapter_model.safetensors, checked."""
+"""Adapter directories, PEFT's and AdapterHub's: a config and a safetensors file, checked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peftc import adapterhub
 from peftc.checkpoint import contained, digest_bytes, read_json
 from peftc.constants import Leaf
 from peftc.errors import AdapterError, PeftcError
@@ -30,13 +31,22 @@ class AdapterDirectory:
 
     @classmethod
     def open(cls, path: Path) -> AdapterDirectory:
-        """Opens a directory that PEFT's `save_pretrained` or peftc's `to_peft` wrote.
+        """Opens a directory that PEFT, AdapterHub's `adapters` or peftc wrote.
 
         Raises:
             CheckpointError: A file is missing or damaged.
             AdapterError: The weights are pickled, or the config names no peft_type.
         """
         config = read_json(path / CONFIG, "a PEFT adapter")
+        if adapterhub.is_hub(config):
+            if not (path / adapterhub.WEIGHTS).exists() and (path / adapterhub.PICKLED).exists():
+                raise AdapterError(
+                    f"holds only pickled weights ({adapterhub.PICKLED}), which may run code when "
+                    "opened",
+                    where=str(path),
+                    fix=adapterhub.CONVERT,
+                )
+            return cls(path, config, read_header(contained(path, adapterhub.WEIGHTS)))
         if not (path / WEIGHTS).exists() and (path / "adapter_model.bin").exists():
             raise AdapterError(
                 "holds only pickled weights (adapter_model.bin), which run code when opened",
@@ -71,5 +81,5 @@ class AdapterDirectory:
         return {
             "path": str(self.path.resolve()),
             "config": digest_bytes((self.path / CONFIG).read_bytes()),
-            "weights": digest_bytes((self.path / WEIGHTS).read_bytes()),
+            "weights": digest_bytes(self.file.path.read_bytes()),
         }

@@ -182,8 +182,16 @@ class _Folding(Context):
             if node.op != "output":
                 self.values[node] = self._value(node)
         result = self.values[graphs.output(self.site.graph)]
+        if not self.kind.opened and not self._given(result):
+            node = self.obstacle or f"{graphs.output(self.site.graph).name} (which adds to it)"
+            raise FoldError(
+                f"node {node} stands around a module that is not opened",
+                fix="keep this adapter unmerged: a module as a whole has no weight to fold into",
+            )
         if not isinstance(result, Affine):
             raise FoldError("its output does not depend on its input", where=self.site.fqn)
+        if not self.kind.opened:
+            return Folded(self.site.plain, {}, None)
         if result.base.op == "placeholder":
             shape = self.site.shape
             stored = self.kind.stored(self.build, self.matrix(result), shape)
@@ -193,6 +201,10 @@ class _Folding(Context):
                 self.site.plain, {**made, "bias": bias} if self._biased(bias) else made, None
             )
         return self._rest(result)
+
+    def _given(self, result: fx.Node | Affine) -> bool:
+        """Whether a result is just what a module that is not opened gives."""
+        return isinstance(result, Affine) and result.is_base and result.base.target == "y"
 
     def _biased(self, bias: fx.Graph | None) -> bool:
         return bias is not None or self.site.bias

@@ -13,6 +13,7 @@ from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
+from peftc.exporters.to_adapterhub import to_adapterhub
 from peftc.exporters.to_cache import to_cache
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
@@ -55,7 +56,8 @@ def load(source: str | Path, progress: Progress = SILENT) -> Program:
     ] == "apply":
         return _load_applied(artifact, progress)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
-        base = read_json(path / ADAPTER_CONFIG, "a PEFT adapter").get("base_model_name_or_path")
+        config = read_json(path / ADAPTER_CONFIG, "a PEFT adapter")
+        base = config.get("base_model_name_or_path") or config.get("model_name")  # AdapterHub's
         if not isinstance(base, str) or not base:
             raise CheckpointError(
                 "names no base_model_name_or_path",
@@ -209,7 +211,7 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "peft", "cache"] = "safetensors",
+    format: Literal["safetensors", "peft", "adapterhub", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     proof: Extent = "auto",
@@ -229,8 +231,8 @@ def export(
         then: What to make of it then: 4 bits again, or 16.
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
-        format: `safetensors`, a checkpoint that transformers loads, or `peft`, one adapter;
-            or `cache`, a prompt as constant keys and values.
+        format: `safetensors`, a checkpoint that transformers loads; one adapter, as `peft` or, a
+            bottleneck, as `adapterhub` has it; or `cache`, a prompt as constant keys and values.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         proof: See `to_safetensors`.
@@ -262,6 +264,8 @@ def export(
         return to_cache(program, target, overwrite=overwrite)
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
+    if format == "adapterhub":
+        return to_adapterhub(program, target, overwrite=overwrite)
     return to_safetensors(
         program,
         target,

@@ -120,8 +120,8 @@ def _apply(
 )
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
-    "--format", "form", type=click.Choice(["safetensors", "peft", "cache"]), default="safetensors",
-    show_default=True, help="What to write.",
+    "--format", "form", type=click.Choice(["safetensors", "peft", "adapterhub", "cache"]),
+    default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
     "--canonical",

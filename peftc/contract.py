@@ -200,14 +200,22 @@ class Method(Targets, Pass):
         """This method with what it has to know of the whole model, before it sees single sites."""
         return self
 
+    def opened(self, program: Program) -> Program:
+        """The program with the sites that this method works on and that others do not see.
+
+        Most methods work on sites that every program has; one that works on whole modules makes
+        sites of them (`ModuleKind`), which no other method sees.
+        """
+        return program
+
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]:
         """The start of each constant that these sites share, by its name in PEFT's files."""
         return {}
 
     def from_file(
-        self, program: Program, tensors: Mapping[str, Constant]
+        self, program: Program, config: Mapping[str, Any], tensors: Mapping[str, Constant]
     ) -> Mapping[str, Constant]:
-        """The adapter's tensors by name, of what PEFT's file holds; the inverse of `written`."""
+        """The adapter's tensors by name, of what a file holds; the inverse of `written`."""
         return tensors
 
     def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from peftc import adapterhub
 from peftc.artifact import MANIFEST, Artifact
 from peftc.checkpoint import Checkpoint, contained, read_json, resolve
 from peftc.safetensors_file import TensorRef, read_header
@@ -87,9 +88,13 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _adapter(path: Path) -> dict[str, Any]:
     config = read_json(path / "adapter_config.json", "a PEFT adapter")
-    refs = list(read_header(contained(path, "adapter_model.safetensors")).tensors.values())
+    hub = adapterhub.is_hub(config)
+    weights = adapterhub.WEIGHTS if hub else "adapter_model.safetensors"
+    refs = list(read_header(contained(path, weights)).tensors.values())
+    config = {**config, **config["config"]} if hub else config
     shown = ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "target_modules",
-             "base_model_name_or_path")  # fmt: skip
+             "base_model_name_or_path", "model_name", "model_type", "reduction_factor",
+             "non_linearity", "is_parallel")  # fmt: skip
     return {
         **{key: config[key] for key in shown if config.get(key) is not None},
         "parameters": sum(math.prod(ref.shape) for ref in refs),

@@ -30,11 +30,13 @@ class Kind(ABC):
         name: What users call it.
         channels: The dimension of the output that holds the features.
         by_rows: Whether output features can be computed from rows of the stored weight alone.
+        opened: Whether the graph computes the module's own map, by its weight; else that is given.
     """
 
     name: ClassVar[str]
     channels: ClassVar[int] = -1
     by_rows: ClassVar[bool] = False
+    opened: ClassVar[bool] = True
 
     @property
     def transposed(self) -> bool:
@@ -88,6 +90,12 @@ class Kind(ABC):
     def up_matrix(self, build: Builder, parameter: fx.Node, shape: Shape) -> fx.Node:
         """The matrix (out, rank) that a parameter of shape `up` holds."""
         return parameter
+
+    def plain(self, build: Builder, bias: bool) -> fx.Node:
+        """What an untouched module computes, whose graph this is to be."""
+        x = build.input("x")
+        matrix = self.matrix(build, build.const("weight"))
+        return self.apply(build, x, matrix, build.const("bias") if bias else None)
 
     def example(self, shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Random input for a check: the value of each placeholder, fp32 where it is not integer."""
@@ -310,6 +318,63 @@ class ExpertsKind(Kind):
         }
 
 
+@dataclass(frozen=True)
+class ModuleKind(Kind):
+    """Any module, which is not opened: its graph takes x, its first input, and y, its output.
+
+    Of several outputs y is the first. A site of this kind has no weight; its `shape` holds the
+    features of y and of x.
+
+    Attributes:
+        entry: A module that runs before it in every forward pass, whose first input is the input
+            `stream`; it has the features of y.
+    """
+
+    name: ClassVar[str] = "module"
+    opened: ClassVar[bool] = False
+    entry: str = ""
+
+    def sizes(self, shape: Shape) -> tuple[int, int]:
+        return shape[1], shape[0]
+
+    def plain(self, build: Builder, bias: bool) -> fx.Node:
+        build.input("x")
+        return build.input("y")
+
+    def _widths(self, shape: Shape) -> dict[str, int]:
+        x, y = self.sizes(shape)
+        return {"x": x, "y": y, "stream": y}
+
+    def example(self, shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        widths = self._widths(shape).items()
+        return {n: torch.randn(SAMPLES, width, generator=generator) for n, width in widths}
+
+    def specs(self, shape: Shape, dtype: torch.dtype) -> dict[str, Spec]:
+        return {n: Spec((2, 3, width), dtype) for n, width in self._widths(shape).items()}
+
+
+@dataclass(frozen=True)
+class NormKind(ModuleKind):
+    """`nn.LayerNorm`, whose graph computes it, so that what it normalizes can be changed."""
+
+    name: ClassVar[str] = "norm"
+    width: int = 0
+    eps: float = 1e-5
+
+    def sizes(self, shape: Shape) -> tuple[int, int]:
+        return self.width, self.width
+
+    def plain(self, build: Builder, bias: bool) -> fx.Node:
+        shift = build.const("bias") if bias else None
+        return self.normalize(build, build.input("x"), build.const("weight"), shift)
+
+    def normalize(
+        self, build: Builder, x: fx.Node, weight: fx.Node, bias: fx.Node | None
+    ) -> fx.Node:
+        """X normalized over its features, as a module with this weight and bias does it."""
+        return build.op(aten.layer_norm.default, x, [self.width], weight, bias, self.eps)
+
+
 LINEAR, CONV1D = LinearKind(), Conv1DKind()
 
 
@@ -371,8 +436,10 @@ def expert_kinds(module: nn.Module) -> dict[str, Kind]:
 
 
 _CLASSES: Mapping[str, type[Kind]] = {
-    cls.name: cls for cls in (LinearKind, Conv1DKind, EmbeddingKind, ConvolutionKind, ExpertsKind)
-}
+    cls.name: cls for cls in (
+        LinearKind, Conv1DKind, EmbeddingKind, ConvolutionKind, ExpertsKind, ModuleKind, NormKind,
+    )
+}  # fmt: skip
 
 
 def dump(kind: Kind) -> dict[str, Any]:

@@ -18,25 +18,14 @@ from peftc import graphs
 from peftc.constants import Constant, Held, Packed, cast
 from peftc.errors import PassError, PeftcError, raise_all
 from peftc.evaluate import value
+from peftc.functions import function_of
 from peftc.fusing import opened
 from peftc.graphs import Spec, aten
-from peftc.kinds import EmbeddingKind, ExpertsKind, Kind
+from peftc.kinds import EmbeddingKind, ExpertsKind, Kind, ModuleKind
 from peftc.ops import grouped_linear
 from peftc.program import Program
 from peftc.sites import Site
-
-# Python entry points that cost less per call than the overloads they stand for.
-_FAST: dict[Any, Any] = {
-    aten.linear.default: torch._C._nn.linear,
-    aten.add.Tensor: torch.add,
-    aten.sub.Tensor: torch.sub,
-    aten.mul.Tensor: torch.mul,
-    aten.div.Tensor: torch.div,
-    aten.convolution.default: torch.convolution,
-    aten.t.default: torch.t,
-    aten.type_as.default: torch.Tensor.type_as,
-}
-
+from peftc.surrounding import listen, surround
 
 SHOWN = 5  # how many of many alike errors are spelled out
 
@@ -93,20 +82,23 @@ def materialize(
     stored = {
         site.name("weight")
         for site in program.sites.values()
-        if isinstance(program.constants[site.name("weight")], Packed)
+        if isinstance(program.weight_of(site), Packed)
     }
     for fqn in tensors.keys() & program.constants.keys() - stored:
         if program.touched(fqn) or isinstance(program.constants[fqn], Packed):
             # Not into the old one, which takes no memory where the source has 4 bits.
             old = tensors[fqn]
             old.data = old.new_empty(old.shape).copy_(value(program.constants[fqn]))
-    live = _Live(program, device)
+    dtypes = (p.dtype for p in parameters.values() if p.is_floating_point())
+    live = _Live(program, device, next(dtypes, torch.float32))
     experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
-        if site.is_plain and not isinstance(program.constants[site.name("weight")], Packed):
+        if site.is_plain and not isinstance(program.weight_of(site), Packed):
             continue
         if isinstance(site.kind, ExpertsKind):
             experts.setdefault(site.fqn.rpartition(".")[0], []).append(site)
+        elif isinstance(site.kind, ModuleKind):
+            live.around(site, model)
         else:
             model.set_submodule(site.fqn, live.module(site, model.get_submodule(site.fqn)))
     for owner, members in experts.items():
@@ -162,8 +154,10 @@ def absorb(program: Program, model: nn.Module) -> Program:
 class _Live:
     """Builds the modules of rewritten sites; what sites share is one tensor."""
 
-    def __init__(self, program: Program, device: str | torch.device) -> None:
-        self.program, self.device = program, device
+    def __init__(
+        self, program: Program, device: str | torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.program, self.device, self.dtype = program, device, dtype
         self.frozen = {fqn for a in program.adapters.values() for fqn in a.frozen}
         self._shared: dict[Constant, torch.Tensor] = {}
         self._trained: dict[str, torch.Tensor] = {}  # by the first of the names of tied ones
@@ -191,10 +185,21 @@ class _Live:
         old.__class__ = experts_class(type(old), rows)
         return old
 
+    def around(self, site: Site, model: nn.Module) -> None:
+        """Has a module that is not opened, and the one whose input it asks for, compute a site."""
+        old, kind = model.get_submodule(site.fqn), site.kind
+        assert isinstance(kind, ModuleKind)
+        graph = self.state(site, old, old)
+        surround(old, graph)
+        if kind.entry and any(node.target == "stream" for node in graph.nodes):
+            listen(model.get_submodule(kind.entry), old)
+
     def state(self, site: Site, old: nn.Module, state: nn.Module) -> fx.Graph:
         """Places a site's tensors and dropouts in a module; returns the graph over them."""
         owner = site.name("weight").rpartition(".")[0]
-        weight = old.get_parameter(site.name("weight").removeprefix(f"{owner}."))
+        dtype = self.dtype
+        if site.kind.opened:
+            dtype = old.get_parameter(site.name("weight").removeprefix(f"{owner}.")).dtype
         opened_graph, stored = opened(
             site, self.program.bindings(site), site.fqn in self.program.fused
         )
@@ -212,14 +217,17 @@ class _Live:
             path = fqn.removeprefix(f"{owner}.")
             tensor = getattr(old, path, None) if "." not in path else None
             if not isinstance(tensor, torch.Tensor):
-                tensor = self.tensor(fqn, torch.promote_types(weight.dtype, torch.float32))
+                tensor = self.tensor(fqn, torch.promote_types(dtype, torch.float32))
             if state is not old or path not in old._parameters:
                 place(state, path, tensor)
             specs[local] = Spec(tuple(tensor.shape), tensor.dtype)
         for local, p in site.dropouts.items():
-            place(state, site.name(local).removeprefix(f"{owner}."), nn.Dropout(p))
-        graph = _rounded(opened_graph, site.kind, weight.dtype)
-        return _slim(graph, specs, site.kind.specs(site.shape, weight.dtype))
+            dropout = nn.Dropout(p).train(old.training)
+            place(state, site.name(local).removeprefix(f"{owner}."), dropout)
+        if not site.kind.opened:  # what its inputs' dtypes are, only a run can tell
+            return opened_graph
+        graph = _rounded(opened_graph, site.kind, dtype)
+        return _slim(graph, specs, site.kind.specs(site.shape, dtype))
 
     def tensor(self, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         """A constant as a tensor of the model: a parameter, unless it is frozen."""
@@ -280,27 +288,6 @@ def _slim(graph: fx.Graph, specs: Mapping[str, Spec], x: Mapping[str, Spec]) -> 
         else:
             env[node] = slim.node_copy(node, env.__getitem__)
     return graphs.intern(slim)
-
-
-def function_of(graph: fx.Graph, prefix: str = "") -> Callable[..., torch.Tensor]:
-    """A function of a module, whose tensors the graph names, and of the graph's inputs.
-
-    Args:
-        graph: What to compute.
-        prefix: Of a parameter of experts: its name, which stands before those of its adapters.
-    """
-    fast = graphs.copy(graph)
-    for node in fast.nodes:
-        if node.op == "get_attr" and prefix:
-            node.target = prefix if node.target == "weight" else f"{prefix}_{node.target}"
-        elif node.op == "call_module" and prefix:
-            node.target = f"{prefix}_{node.target}"
-        node.target = _FAST.get(node.target) or graphs.eager(node.target)
-    code = fast.python_code("self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)
-    result: Callable[..., torch.Tensor] = namespace["forward"]
-    return result
 
 
 _classes: dict[fx.Graph, type[LiveSite]] = {}

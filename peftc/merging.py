@@ -62,7 +62,7 @@ def merge(
     packed = {
         fqn: constant
         for fqn, site in program.sites.items()
-        if isinstance(constant := program.constants[site.name("weight")], Packed)
+        if isinstance(constant := program.weight_of(site), Packed)
     }
     if not packed:
         if base or then or original:

@@ -28,7 +28,7 @@ from peftc.tracing import trace_linear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 6  # of a cached outline
+FORMAT = 8  # of a cached outline
 
 
 class SiteOutline(BaseModel):

@@ -115,7 +115,8 @@ def _violations(
         try:
             if key not in seen:
                 site.graph.lint()
-                dtype = after.constants[site.name("weight")].spec.dtype
+                weight = after.weight_of(site)
+                dtype = weight.spec.dtype if weight else torch.float32
                 inputs = site.kind.specs(site.shape, dtype)
                 y, want = (
                     graphs.propagate(graph, given, inputs)[graphs.output(graph)]
@@ -170,12 +171,11 @@ def _measure(
     """The effect by number: each changed site on random input, some features of its output."""
     worst, where, effect = 0.0, None, pass_.declared()
     for fqn in changed:
-        old = before.sites.get(origins.get(fqn, fqn))
-        if old is None:
+        site, old = after.sites[fqn], before.sites.get(origins.get(fqn, fqn))
+        if old is None and site.kind.opened:
             continue
-        error = site_error(
-            fqn, (old, before.bindings(old)), (after.sites[fqn], after.bindings(after.sites[fqn]))
-        )
+        old = old or replace(site, graph=site.plain)  # made on demand, of a module as it was
+        error = site_error(fqn, (old, before.bindings(old)), (site, after.bindings(site)))
         if not error < float("inf"):
             raise ProofError(
                 f"pass {title} gives values that are not finite",

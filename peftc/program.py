@@ -215,6 +215,10 @@ class Program:
         """Shapes and dtypes of a site's constants."""
         return {name: constant.spec for name, constant in self.bindings(site).items()}
 
+    def weight_of(self, site: Site) -> Constant | None:
+        """The weight of a site's own map, where the site has one."""
+        return self.constants[site.name("weight")] if site.kind.opened else None
+
     def rewrite(
         self,
         sites: Iterable[Site] = (),

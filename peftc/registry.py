@@ -21,6 +21,7 @@ PASSES = {
     "oft": "peftc.passes.oft:Oft",
     "boft": "peftc.passes.boft:Boft",
     "ia3": "peftc.passes.ia3:Ia3",
+    "bottleneck": "peftc.passes.bottleneck:Bottleneck",
     "bitfit": "peftc.passes.bitfit:BitFit",
     "layernorm": "peftc.passes.layernorm:LayerNorm",
     "full": "peftc.passes.full:Full",
@@ -64,7 +65,7 @@ def name_of(cls: type[Pass]) -> str:
 
 
 def method_for(config: Mapping[str, Any]) -> type[Method]:
-    """The method that reads a PEFT adapter_config.json.
+    """The method that reads an adapter_config.json.
 
     Raises:
         AdapterError: None does.
@@ -77,5 +78,5 @@ def method_for(config: Mapping[str, Any]) -> type[Method]:
             return cls
     known = ", ".join(sorted({cls.peft_type for cls in methods if cls.peft_type}))
     raise AdapterError(
-        f"adapters of type {config['peft_type']} cannot be attached", fix=f"there are: {known}"
+        f"adapters of type {config.get('peft_type')} cannot be attached", fix=f"there are: {known}"
     )

@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peftc.sublayers import Role, Streams, Sublayer
+
 TOKENS = 4  # of text in an example
 CPU_ATTENTION = (None, "eager", "sdpa")
 LARGEST = 1_000_000_000  # parameters of what is run on the CPU where the meta device cannot
@@ -71,6 +73,9 @@ class Roles(BaseModel):
         called: Every module whose forward ran.
         roles: What linear maps are for: query, key, value, output, up and down.
         unknown: Modules that did not run only because a part of the model could not be run.
+        features: The last dimensions of each module's first input, or 0 where that is no numbers,
+            and of its first output.
+        sublayers: Where the model adds what a block of layers makes, in the order of the pass.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +83,8 @@ class Roles(BaseModel):
     called: frozenset[str]
     roles: dict[str, frozenset[str]]
     unknown: frozenset[str] = frozenset()
+    features: dict[str, tuple[int, int]] = {}
+    sublayers: tuple[Sublayer, ...] = ()
 
     def may_run(self, name: str) -> bool:
         """Whether a module runs in a forward pass, or is not known not to."""
@@ -102,6 +109,8 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
     called: set[str] = set()
     roles: dict[str, set[str]] = {}
     ran: set[str] = set()
+    features: dict[str, tuple[int, int]] = {}
+    sublayers: list[Sublayer] = []
     # Outer parts come first: an inner one runs on its own only where none around it called it.
     for name, part in parts.items():
         if name not in called and (found := _run(part, examples[name])):
@@ -109,6 +118,8 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
             called.update(_inside(name, child) for child in found.called)
             for child, which in found.roles.items():
                 roles.setdefault(_inside(name, child), set()).update(which)
+            features |= {_inside(name, c): sizes for c, sizes in found.streams.features.items()}
+            sublayers += [_moved_into(name, s) for s in found.streams.sublayers()]
     if not ran:
         return None
     # A part that ran without all it takes says nothing of the modules that it did not call.
@@ -129,6 +140,8 @@ def trace(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) ->
         called=frozenset(called),
         roles={name: frozenset(which) for name, which in sorted(roles.items())},
         unknown=frozenset(unknown),
+        features=features,
+        sublayers=tuple(dict.fromkeys(sublayers)),
     )
 
 
@@ -181,13 +194,14 @@ class _Tracer(TorchFunctionMode):
         self.called: set[str] = set()
         self.roles: dict[str, set[str]] = {}
         self.linear: set[str] = set()
+        self.streams = Streams()
         self._tags: MutableMapping[torch.Tensor, Tags] = WeakTensorKeyDictionary()
         for name, module in model.named_modules():
             module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
             inner = any(outer in self.linear for outer in accumulate(name.split("."), _inside))
             if _is_linear(module) and not inner:  # an adapter's own maps are inside of one
-                module.register_forward_hook(partial(self._leave, name))
                 self.linear.add(name)
+            module.register_forward_hook(partial(self._leave, name))
             for child, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and child != "weight":
                     self.linear.add(_inside(name, child))
@@ -210,7 +224,10 @@ class _Tracer(TorchFunctionMode):
                 self._give(role, self._of([named[role]]), FROM)
             self._tag(out, frozenset({ATTENDED}))
         elif isinstance(out, torch.Tensor | tuple | list) and operands:
-            self._tag(out, self._result(name, [self._of([x]) for x in operands]))
+            tags = [self._of([x]) for x in operands]
+            self._tag(out, self._result(name, tags))
+            if name in SUMS and isinstance(out, torch.Tensor):
+                self.streams.add(operands, out, [self._maker(own) for own in tags])
         return out
 
     def _result(self, name: str, operands: list[Tags]) -> Tags:
@@ -252,9 +269,20 @@ class _Tracer(TorchFunctionMode):
         self.called.add(name)
         if name in self.linear:
             self._consume(name, self._of(_tensors((args, kwargs))))
+        if (x := next(_tensors((args, kwargs)), None)) is not None:
+            self.streams.enter(name, module, x, name in self.linear)
 
     def _leave(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
-        self._tag(out, frozenset({(FROM, name)}))
+        if name in self.linear:
+            self._tag(out, frozenset({(FROM, name)}))
+        if (y := next(_tensors(out), None)) is not None:
+            self.streams.leave(name, y)
+
+    def _maker(self, tags: Tags) -> Role | None:
+        """What makes a tensor, by the roles of the linear maps that it comes from."""
+        found: set[str] = set()
+        found.update(*(self.roles.get(name, set()) for _, name in _only(tags, FROM)))
+        return "attention" if "output" in found else "feed_forward" if "down" in found else None
 
     def _consume(self, name: str, tags: Tags) -> None:
         """Gives a linear map the role that its input shows."""
@@ -351,6 +379,8 @@ def _spread(tracer: _Tracer, model: nn.Module) -> None:
             tracer.called.add(name)
         if first[id(module)] in tracer.roles:
             tracer.roles[name] = tracer.roles[first[id(module)]]
+        if first[id(module)] in tracer.streams.features:
+            tracer.streams.features[name] = tracer.streams.features[first[id(module)]]
 
 
 def takes(model: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -381,6 +411,11 @@ def is_model(module: nn.Module) -> bool:
 
 def _inside(name: str, child: str) -> str:
     return f"{name}.{child}" if name and child else name or child
+
+
+def _moved_into(part: str, found: Sublayer) -> Sublayer:
+    names = {key: getattr(found, key) for key in ("exit", "entry", "norm")}
+    return found.model_copy(update={k: n and _inside(part, n) for k, n in names.items()})
 
 
 def within(part: str, name: str) -> bool:

@@ -20,9 +20,7 @@ from peftc.kinds import EmbeddingKind, ExpertsKind, Kind
 def template(kind: Kind, bias: bool) -> fx.Graph:
     """The graph of an untouched site, in normal form: its kind's map by its stored weight."""
     build = Builder()
-    x = build.graph.placeholder("x")
-    matrix = kind.matrix(build, build.const("weight"))
-    build.graph.output(kind.apply(build, x, matrix, build.const("bias") if bias else None))
+    build.graph.output(kind.plain(build, bias))
     return graphs.intern(build.graph)
 
 
@@ -30,10 +28,12 @@ def template(kind: Kind, bias: bool) -> fx.Graph:
 class Site:
     """One submodule, or one parameter of fused experts, as a graph from x to y.
 
+    A submodule that is not opened (`ModuleKind`) has y as an input of its graph.
+
     Attributes:
         fqn: Its name in the model; the graph's constants are named relative to it.
         plain: The graph of the site as it was captured.
-        shape: Of the stored weight.
+        shape: Of the stored weight; where there is none, the features of y and of x.
         bias: Whether there is a bias, whatever the graph makes of it.
         dropouts: The probability of each dropout module that the graph calls.
     """
@@ -124,6 +124,11 @@ class SiteEditor(Builder):
     def out_features(self) -> int:
         """How many features y has."""
         return self.site.out_features
+
+    @property
+    def stream(self) -> fx.Node:
+        """The first input of the site's `entry`, a module that runs before this one."""
+        return self.input("stream")
 
     @property
     def y(self) -> fx.Node:

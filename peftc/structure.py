@@ -150,10 +150,15 @@ def _carried(program: Program, fresh: Program) -> Program:
         old = program.sites.get(fqn)
         like = old and (old.kind, old.shape, old.plain) == (site.kind, site.shape, site.plain)
         sites[fqn] = old if old and like else site
+    kept = {
+        fqn: site
+        for fqn, site in program.sites.items()
+        if not site.kind.opened and fqn in fresh.modules
+    }
     added = {t: owner for t, owner in program.aliases.items() if t not in program.captured}
     return replace(
         fresh,
-        sites=sites,
+        sites={**sites, **kept},
         constants=constants,
         captured=captured,
         aliases={**fresh.aliases, **added},

@@ -77,7 +77,9 @@ class Targets(BaseModel):
 
     def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The selected sites' names, in the model's order, and what matched nothing."""
-        return self.select(program, list(program.sites))
+        # A module that a method opened for itself is no site of another's.
+        names = [name for name, site in program.sites.items() if site.kind.opened]
+        return self.select(program, names)
 
     def select(self, program: Program, names: Sequence[str]) -> tuple[list[str], list[PeftcError]]:
         """The selected ones of some modules' names, and what matched nothing."""
