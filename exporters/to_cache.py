@@ -16,6 +16,7 @@ from peftc.exporters.to_safetensors import folders, manifest
 from peftc.live import materialize
 from peftc.program import Program
 from peftc.prompt_cache import FILE, PromptCache
+from peftc.proof import differences
 from peftc.virtual import DONE, VirtualTokens
 
 BOUND = 1e-5  # fp32 rounding of sums in another order
@@ -43,10 +44,11 @@ def to_cache(program: Program, target: str | Path, *, overwrite: bool = False) -
     if obstacle is not None or tokens is None:
         raise ArtifactError(obstacle or "", where=str(target), fix="write it with --format peft")
     with torch.no_grad():
-        cache, error = _computed(model, tokens)
-    if not error <= BOUND:
+        cache, figures = _computed(model, tokens)
+    if not figures["relative_error"] <= BOUND:
         raise ProofError(
-            f"from the cache the logits differ by {error:.2e} of their largest value",
+            f"from the cache the logits differ by {figures['relative_error']:.2e} of their largest "
+            f"value (bound {BOUND:g})",
             where=str(target),
             fix="the model's state is more than its keys and values: write it with --format peft",
         )
@@ -63,9 +65,7 @@ def to_cache(program: Program, target: str | Path, *, overwrite: bool = False) -
         Path(target), key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
         stage.add(FILE, save(tensors, metadata={"format": "pt"}))
-        proof = {
-            "whole": {"input": "random token ids, seed 0", "relative_error": error, "bound": BOUND}
-        }
+        proof = {"whole": {"input": "random token ids, seed 0", "bound": BOUND, **figures}}
         stage.publish(manifest(program, "cache", numbering=numbering, proof=proof))
     return Artifact.open(Path(target))
 
@@ -81,11 +81,13 @@ def _obstacle(program: Program, model: nn.Module, tokens: VirtualTokens | None) 
         return "its prompt goes before an encoder, which keeps no keys and values"
     if "past_key_values" not in signature(model.forward).parameters:
         return "the model keeps no keys and values"
+    if getattr(model, "_is_stateful", False):
+        return "the model's state is more than keys and values"
     return None
 
 
-def _computed(model: Any, tokens: VirtualTokens) -> tuple[PromptCache, float]:
-    """The cache, and how much logits from it differ over the largest one."""
+def _computed(model: Any, tokens: VirtualTokens) -> tuple[PromptCache, dict[str, float]]:
+    """The cache, and how much logits from it differ from those of the virtual tokens."""
     from transformers import DynamicCache
 
     numbered = "position_ids" in signature(model.forward).parameters
@@ -97,4 +99,4 @@ def _computed(model: Any, tokens: VirtualTokens) -> tuple[PromptCache, float]:
     ids = torch.randint(tokens.first, (SAMPLES, LENGTH), generator=generator)
     want = model(input_ids=ids).logits[:, tokens.count :]
     got = model(**cache.before(model, ids), **{DONE: True}).logits
-    return cache, float((got - want).abs().max() / want.abs().max())
+    return cache, differences(want, got)
