@@ -396,6 +396,12 @@ def test_two_adapters_stand_one_behind_the_other(checkpoint: MakeCheckpoint) -> 
     both = Pipeline([Bottleneck(preset="parallel", adapter="b")]).run(one)
     assert torch.equal(logits(materialize(both)), logits(materialize(one)))
     assert len(both.adapters) == 2
+    named = adapted(checkpoint(), targets=["self_attn", "mlp"], adapter="a")
+    both = Pipeline([Bottleneck(preset="parallel", mh_adapter=True, init="bert")]).run(named)
+    assert distance(logits(materialize(both)), logits(materialize(named))) > 1e-3
+    behind = adapted(checkpoint("bert"), targets=["output.LayerNorm"], adapter="a")
+    with pytest.raises(PeftcError, match="stands behind this normalization"):
+        Pipeline([Bottleneck(preset="pfeiffer")]).run(behind)
 
 
 def test_other_methods_do_not_see_the_modules(checkpoint: MakeCheckpoint) -> None:
@@ -461,7 +467,7 @@ def test_bad_input_is_a_typed_error(checkpoint: MakeCheckpoint) -> None:
         found = list(refusals(base, **options))
         assert found and all(error.fix for error in found), options
         assert any(words in str(error) for error in found), (options, found)
-    with pytest.raises(PeftcError, match="linear already") as caught:
+    with pytest.raises(PeftcError, match="kind linear, to which") as caught:
         Pipeline([Bottleneck(preset="parallel")]).run(capture(checkpoint("opt")))
     assert "houlsby" in str(caught.value)
     assert adapted(checkpoint("opt"), preset="houlsby").adapters
@@ -522,11 +528,12 @@ def test_what_adapterhub_has_not_is_not_written_for_it(
     assert not (tmp_path / "out").exists()
 
 
-def test_fold_errors_name_the_site(checkpoint: MakeCheckpoint) -> None:
+def test_fold_errors_name_the_site_and_the_nonlinearity(checkpoint: MakeCheckpoint) -> None:
     from peftc.algebra import fold_sites
 
     errors = fold_sites(adapted(checkpoint("bert")))[1]
     assert all(isinstance(error, FoldError) for error in errors)
-    assert [error.where for error in errors] == [
-        f"bert.encoder.layer.{i}.output.LayerNorm" for i in range(2)
-    ]
+    places = [f"bert.encoder.layer.{i}.output.LayerNorm" for i in range(2)]
+    assert [error.where for error in errors] == places
+    errors += fold_sites(adapted(checkpoint("llama")))[1]
+    assert len(errors) == 4 and all("aten.relu" in str(error) for error in errors)
