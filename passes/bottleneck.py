@@ -16,17 +16,16 @@ from pydantic import Field, model_validator
 
 from peftc import adapterhub
 from peftc.contract import Effect, Method, PassResult
-from peftc.errors import PassError, PeftcError, SelectionError
+from peftc.errors import PassError, PeftcError
+from peftc.passes.placement import module_sites, sublayer_sites
 from peftc.targets import LINEARS, Layers, Names
 
 if TYPE_CHECKING:
     from torch import fx
 
     from peftc.constants import Constant
-    from peftc.kinds import Kind
     from peftc.program import Program
     from peftc.sites import Site, SiteEditor
-    from peftc.sublayers import Sublayer
 
 SUBLAYERS = "role:sublayers"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -279,82 +278,37 @@ class Bottleneck(Method):
 
     def places(self, program: Program) -> tuple[list[Site], list[PeftcError]]:
         """The sites to work on, made where there are none yet, and what keeps from it."""
-        found = self.sublayers(program) if self.targets == SUBLAYERS else self.modules(program)
-        sites, errors = found
-        return list({site.fqn: site for site in sites}.values()), errors
+        beside = self.option("is_parallel")
+        if self.targets != SUBLAYERS:
+            names, errors = self.select(program, sorted(program.modules - {""}))
+            sites, more = module_sites(program, names, self.kinds, beside, self.width)
+            return sites, [*errors, *more]
+        roles = {
+            "attention": self.option("mh_adapter"),
+            "feed_forward": self.option("output_adapter"),
+        }
+        normed = self.option("original_ln_before") and not beside
+        wanted = [name for name, chosen in roles.items() if chosen]
+        found = sublayer_sites(program, wanted, normed, self.left)
+        blind = [] if self.reads_output else [site for site in found[0] if site.kind.opened]
+        return found[0], found[1] + [
+            PassError(
+                f"is a site of kind {site.kind.name}, to which no sublayer's stream can be led",
+                where=site.fqn,
+                fix="use preset=houlsby, which reads this layer's result only",
+            )
+            for site in blind
+        ]
 
-    def modules(self, program: Program) -> tuple[list[Site], list[PeftcError]]:
-        """The named modules as sites: linear layers as they are, others without opening them."""
-        from peftc.kinds import ModuleKind
-
-        names, errors = self.select(program, sorted(program.modules - {""}))
-        roles = program.source.roles()
-        sites = []
-        for fqn in names:
-            site = program.sites.get(fqn)
-            if site is not None and site.kind.name in self.kinds:
-                sites.append(site)
-                continue
-            unknown = (self.width or 0, self.width or 0)
-            sizes = roles.features.get(fqn, unknown) if roles else unknown
-            if not sizes[1] or (self.option("is_parallel") and not sizes[0]):
-                errors.append(
-                    PassError(
-                        "has no known number of features: no pass on sample input shows them",
-                        where=fqn,
-                        fix="say it: width=…, or exclude this module",
-                    )
-                )
-                continue
-            sites.append(_made(fqn, ModuleKind(), (sizes[1], sizes[0]), program))
-        return sites, errors
-
-    def sublayers(self, program: Program) -> tuple[list[Site], list[PeftcError]]:
-        """The sites at the model's attentions and feed-forwards."""
-        roles = program.source.roles()
-        wanted = {"attention": "mh_adapter", "feed_forward": "output_adapter"}
-        seen = [(s, roles.features[s.exit][1]) for s in roles.sublayers] if roles else []
-        chosen = [(s, width) for s, width in seen if self.option(wanted[s.role])]
-        if not chosen:
-            what = "no attention or feed-forward that adds to a stream is seen in the model"
-            return [], [SelectionError(what, fix="name the modules: targets=…")]
-        at = [self.place(s, width) for s, width in chosen]
-        chooser = self.model_copy(update={"targets": [fqn for fqn, _, _ in at]})
-        names, errors = chooser.select(program, [fqn for fqn, _, _ in at])
-        left = {f for f in names if self._layer(f"{f}.") not in (self.leave_out or ())}
-        sites = []
-        for fqn, kind, shape in at:
-            own = program.sites.get(fqn)
-            if fqn not in left:
-                continue
-            if own is None or own.kind == kind or self.reads_output:
-                sites.append(own or _made(fqn, kind, shape, program))
-            else:
-                errors.append(
-                    PassError(
-                        f"is a site of kind {own.kind.name} already, to which the sublayer's "
-                        "stream cannot be led",
-                        where=fqn,
-                        fix="use preset=houlsby, which reads this layer's result only",
-                    )
-                )
-        if errors or sites:
-            return sites, errors
-        return [], [SelectionError("no sublayer is left", fix="narrow exclude and leave_out")]
+    def left(self, program: Program, names: list[str]) -> tuple[list[str], list[PeftcError]]:
+        """Those of the sublayers' names that exclude, layers and leave_out leave."""
+        chosen, errors = self.model_copy(update={"targets": names}).select(program, names)
+        return [f for f in chosen if self._layer(f"{f}.") not in (self.leave_out or ())], errors
 
     @property
     def reads_output(self) -> bool:
         """Whether all that the adapter reads is what its sublayer gives."""
         return not (self.option("is_parallel") or self.option("original_ln_before"))
-
-    def place(self, found: Sublayer, width: int) -> tuple[str, Kind, tuple[int, ...]]:
-        """Where the adapter of a sublayer stands: at its normalization, or where its result is."""
-        from peftc.kinds import ModuleKind, NormKind
-
-        normed = self.option("original_ln_before") and not self.option("is_parallel")
-        if normed and found.norm:
-            return found.norm, NormKind(found.entry, width, found.eps), (width,)
-        return found.exit, ModuleKind(found.entry), (width, width)
 
     def check(self, program: Program) -> list[PeftcError]:
         errors = super().check(self.opened(program))
@@ -391,15 +345,6 @@ class _Frame:
     rest: Callable[[], fx.Node]
     stream: fx.Node | None = None
     finish: Callable[[fx.Node], fx.Node] = lambda node: node
-
-
-def _made(fqn: str, kind: Kind, shape: tuple[int, ...], program: Program) -> Site:
-    """A new site of a module."""
-    from peftc.sites import Site, template
-
-    bias = kind.name == "norm" and f"{fqn}.bias" in program.constants
-    graph = template(kind, bias)
-    return Site(fqn, kind, graph, graph, shape, bias)
 
 
 def _sum(site: SiteEditor, rest: fx.Node, branch: fx.Node) -> fx.Node:

@@ -183,9 +183,9 @@ class _Folding(Context):
                 self.values[node] = self._value(node)
         result = self.values[graphs.output(self.site.graph)]
         if not self.kind.opened and not self._given(result):
-            node = self.obstacle or f"{graphs.output(self.site.graph).name} (which adds to it)"
             raise FoldError(
-                f"node {node} stands around a module that is not opened",
+                f"node {self._nonlinear() or self.obstacle or graphs.output(self.site.graph)} "
+                "stands around a module that is not opened",
                 fix="keep this adapter unmerged: a module as a whole has no weight to fold into",
             )
         if not isinstance(result, Affine):
@@ -201,6 +201,15 @@ class _Folding(Context):
                 self.site.plain, {**made, "bias": bias} if self._biased(bias) else made, None
             )
         return self._rest(result)
+
+    def _nonlinear(self) -> str | None:
+        """The first node that no rule carries on, and that the module itself does not have."""
+        known = {*RULES, *(node.target for node in self.site.plain.nodes)}
+        for node, value in self.values.items():
+            broken = isinstance(value, Affine) and value.base is node
+            if broken and node.op == "call_function" and node.target not in known:
+                return f"{node.name} ({node.target})"
+        return None
 
     def _given(self, result: fx.Node | Affine) -> bool:
         """Whether a result is just what a module that is not opened gives."""

@@ -28,7 +28,7 @@ TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
     "recipe", "artifact", "early", "terminal", "inspection", "cli_options", "cli", "passes.lora",
     "passes.dora", "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit",
-    "adapterhub", "passes.bottleneck",
+    "adapterhub", "passes.bottleneck", "passes.placement",
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
     "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
     "passes.prompt_tuning", "passes.p_tuning",
