@@ -8,8 +8,8 @@ import peftc
 folder = workplace()
 base = tiny_checkpoint(folder)
 
-# Or peftc.PTuning(tokens=8, encoder="LSTM"), whose vectors a small network makes.
-prompt = peftc.PromptTuning(tokens=8, init="vocabulary")
+# Or peftc.PTuning(virtual_tokens=8, encoder="LSTM"), whose vectors a small network makes.
+prompt = peftc.PromptTuning(virtual_tokens=8, init="vocabulary")
 program = peftc.Pipeline([prompt]).run(peftc.capture(base))
 
 model = peftc.materialize(program)  # it puts the virtual tokens before its inputs by itself

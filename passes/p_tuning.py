@@ -45,7 +45,7 @@ class PTuning(Prompt):
     dropout: float = Field(0.0, ge=0, lt=1, description="between layers of an LSTM, in training")
 
     def table(self, site: SiteEditor) -> fx.Node:
-        shape = self.tokens, site.out_features
+        shape = self.virtual_tokens, site.out_features
         vectors = site.parameter(f"prompt_encoder.{TABLE}", shape, "gaussian")
         trained = f"prompt_encoder.{site.adapter}.{_MLP}.0.weight"
         if site.given is not None and trained not in site.given:
@@ -65,7 +65,7 @@ class PTuning(Prompt):
 
         Args:
             build: Where to add them.
-            x: Vectors (tokens, features).
+            x: Vectors (virtual tokens, features).
             get: A weight by PEFT's name, its shape, and the bound of its uniform start.
             drop: Dropout behind a layer of the LSTM.
         """

@@ -50,13 +50,13 @@ class Prompt(Method):
         {"token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"}
     )
     peft_fields: ClassVar[Mapping[str, str]] = {
-        "num_virtual_tokens": "tokens", "positions": "positions",
+        "num_virtual_tokens": "virtual_tokens", "positions": "positions",
     }  # fmt: skip
 
     targets: Names = Field(
         EMBEDDING, description=f"the embedding's name; {EMBEDDING}: the one that the model names"
     )
-    tokens: int = Field(20, gt=0, description="how many vectors stand before the input")
+    virtual_tokens: int = Field(20, gt=0, description="how many vectors stand before the input")
     positions: Literal["peft", "mask"] = Field(
         "peft", description="how tokens are numbered: pads too, as PEFT leaves it to the model; or "
         "by the attention mask, as transformers' generate does",
@@ -93,10 +93,10 @@ class Prompt(Method):
 
     def unserved(self, program: Program, names: Sequence[str]) -> list[PeftcError]:
         errors = super().unserved(program, names)
-        if program.context is not None and self.tokens >= program.context:
+        if program.context is not None and self.virtual_tokens >= program.context:
             errors.append(
                 PassError(
-                    f"{self.tokens} virtual tokens leave no room: the model has "
+                    f"{self.virtual_tokens} virtual tokens leave no room: the model has "
                     f"{program.context} positions",
                     where="max_position_embeddings",
                     fix="take fewer tokens",
@@ -123,11 +123,11 @@ class Prompt(Method):
     def enliven(self, model: nn.Module, tensors: Mapping[str, Any]) -> None:
         from peftc.virtual import put_before
 
-        put_before(model, self._vocabulary, self.tokens, self.positions)
+        put_before(model, self._vocabulary, self.virtual_tokens, self.positions)
 
     def run(self, program: Program) -> PassResult:
         # On the ids that there were before, no site differs.
-        return replace(super().run(program), measured={"virtual_tokens": self.tokens})
+        return replace(super().run(program), measured={"virtual_tokens": self.virtual_tokens})
 
     def peft_config(self) -> dict[str, Any]:
         config = super().peft_config()
@@ -151,10 +151,12 @@ class Prompt(Method):
         from peftc.constants import derive
         from peftc.graphs import Builder, aten
 
-        if len(table.spec.shape) != 2 or table.spec.shape[0] != 2 * self.tokens:
+        if len(table.spec.shape) != 2 or table.spec.shape[0] != 2 * self.virtual_tokens:
             return table
         build = Builder()
-        build.graph.output(build.op(aten.slice.Tensor, build.const("all"), 0, 0, self.tokens))
+        build.graph.output(
+            build.op(aten.slice.Tensor, build.const("all"), 0, 0, self.virtual_tokens)
+        )
         return derive(build.graph, {"all": table}, table.spec.dtype)
 
     def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]:
@@ -190,7 +192,7 @@ class PromptTuning(Prompt):
     _ids: tuple[int, ...] = PrivateAttr(())
 
     def table(self, site: SiteEditor) -> fx.Node:
-        shape = self.tokens, site.out_features
+        shape = self.virtual_tokens, site.out_features
         start = self._embedded(site) if self._ids and site.given is None else None
         return site.parameter(f"{_ENCODER}.{TABLE}", shape, "gaussian", start=start)
 
@@ -201,7 +203,7 @@ class PromptTuning(Prompt):
         from peftc.constants import Initial, derive
         from peftc.graphs import Builder, Spec
 
-        spec = Spec((self.tokens,), torch.int64)
+        spec = Spec((self.virtual_tokens,), torch.int64)
         ids = Initial("start", spec, "values", values=self._ids)
         build = Builder()
         matrix = site.kind.matrix(build, build.const("weight"))
@@ -229,12 +231,12 @@ class PromptTuning(Prompt):
         settled = super().settled(program)
         if self.text is not None:
             ids = self._of_text(program)
-            settled._ids = tuple(ids[i % len(ids)] for i in range(self.tokens))
+            settled._ids = tuple(ids[i % len(ids)] for i in range(self.virtual_tokens))
         elif self.init == "vocabulary":
             import torch
 
             generator = torch.Generator().manual_seed(self.seed)
-            drawn = torch.randint(settled._vocabulary, (self.tokens,), generator=generator)
+            drawn = torch.randint(settled._vocabulary, (self.virtual_tokens,), generator=generator)
             settled._ids = tuple(drawn.tolist())
         return settled
 

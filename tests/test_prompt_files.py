@@ -66,7 +66,7 @@ def llama(model: MakeModel) -> Path:
 
 @pytest.fixture
 def ours(llama: Path) -> Any:
-    return materialize(injected(llama, PromptTuning(tokens=N)))
+    return materialize(injected(llama, PromptTuning(virtual_tokens=N)))
 
 
 @pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
@@ -77,7 +77,7 @@ def test_p_tuning_equals_pefts_in_training_and_when_saved(
         task_type="CAUSAL_LM", num_virtual_tokens=N, encoder_reparameterization_type=encoder,
         encoder_hidden_size=24,
     )  # fmt: skip
-    program = injected(llama, PTuning(tokens=N, encoder=encoder, hidden=24))
+    program = injected(llama, PTuning(virtual_tokens=N, encoder=encoder, hidden=24))
     ours = materialize(program).train()
     theirs = peft.get_peft_model(auto(llama), config).train()
     mine = {n.partition("embed_tokens.")[2]: p for n, p in ours.named_parameters()}
@@ -112,7 +112,9 @@ def test_p_tuning_equals_pefts_in_training_and_when_saved(
 
 
 def test_dropout_stands_between_the_layers_of_an_lstm(llama: Path) -> None:
-    live = materialize(injected(llama, PTuning(tokens=N, encoder="LSTM", hidden=8, dropout=0.5)))
+    live = materialize(
+        injected(llama, PTuning(virtual_tokens=N, encoder="LSTM", hidden=8, dropout=0.5))
+    )
     with torch.no_grad():
         still = [live(**batch()).logits for _ in range(2)]
         live.train()
@@ -120,7 +122,9 @@ def test_dropout_stands_between_the_layers_of_an_lstm(llama: Path) -> None:
     assert torch.equal(*still) and not torch.equal(*moving)
 
 
-@pytest.mark.parametrize("method", [PromptTuning(tokens=N), PTuning(tokens=N, encoder="LSTM")])
+@pytest.mark.parametrize(
+    "method", [PromptTuning(virtual_tokens=N), PTuning(virtual_tokens=N, encoder="LSTM")]
+)
 def test_training_lowers_the_loss(method: Any, llama: Path) -> None:
     live: Any = materialize(injected(llama, method)).train()
     live.gradient_checkpointing_enable()
@@ -154,7 +158,11 @@ def test_directory_round_trips_through_peft(name: str, model: MakeModel, tmp_pat
 def test_applied_prompt_is_loaded_again(llama: Path, tmp_path: Path) -> None:
     from peftc import apply
 
-    apply(llama, [Lora(rank=2, adapter="l"), PromptTuning(tokens=N, adapter="p")], tmp_path / "out")
+    apply(
+        llama,
+        [Lora(rank=2, adapter="l"), PromptTuning(virtual_tokens=N, adapter="p")],
+        tmp_path / "out",
+    )
     program = load(tmp_path / "out")
     assert list(program.adapters) == ["l", "p"]
     assert materialize(program)(**batch()).logits.shape[1] == N + 9
@@ -174,7 +182,7 @@ def test_start_from_a_text_is_its_embeddings(name: str, model: MakeModel, tmp_pa
     base = model(name)
     vocabulary(tmp_path / "tokenizer")
     options = {"text": "sort this", "tokenizer": str(tmp_path / "tokenizer")}
-    program = injected(base, PromptTuning(tokens=N, init="text", **options))
+    program = injected(base, PromptTuning(virtual_tokens=N, init="text", **options))
     plain = auto(base)
     with torch.no_grad():
         want = plain.get_input_embeddings()(torch.tensor([7, 11, 7, 11, 7]))
@@ -185,14 +193,14 @@ def test_start_from_a_text_is_its_embeddings(name: str, model: MakeModel, tmp_pa
 
 
 def test_start_from_the_vocabulary_is_rows_of_it(llama: Path) -> None:
-    program = injected(llama, PromptTuning(tokens=N, init="vocabulary"))
+    program = injected(llama, PromptTuning(virtual_tokens=N, init="vocabulary"))
     rows = materialize(program).get_parameter(next(iter(program.trainable)))
     table = auto(llama).get_input_embeddings().weight
     assert all(any(torch.equal(row, known) for known in table) for row in rows)
 
 
 def test_merge_refuses_and_says_what_to_do(llama: Path, tmp_path: Path) -> None:
-    program = injected(llama, PromptTuning(tokens=N))
+    program = injected(llama, PromptTuning(virtual_tokens=N))
     with pytest.raises(FoldError) as caught:
         Pipeline([Merge()]).run(program)
     assert "no change of a weight" in str(caught.value) and "--format peft" in str(caught.value)
@@ -204,7 +212,9 @@ def test_merge_refuses_and_says_what_to_do(llama: Path, tmp_path: Path) -> None:
 
 def test_fold_merges_what_stands_beside_a_prompt(llama: Path) -> None:
     torch.manual_seed(0)
-    program = injected(llama, Lora(rank=2, adapter="l"), PromptTuning(tokens=N, adapter="p"))
+    program = injected(
+        llama, Lora(rank=2, adapter="l"), PromptTuning(virtual_tokens=N, adapter="p")
+    )
     live = materialize(program)
     for name, parameter in live.named_parameters():
         if "lora_B" in name:
@@ -222,7 +232,7 @@ def test_model_without_attention_has_a_prompt_too(tmp_path: Path) -> None:
         vocab_size=97, hidden_size=48, num_hidden_layers=2, state_size=8
     )
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
-    live: Any = materialize(injected(tmp_path, PromptTuning(tokens=N)))
+    live: Any = materialize(injected(tmp_path, PromptTuning(virtual_tokens=N)))
     inputs = batch()
     with torch.no_grad():
         out = live(**inputs, use_cache=True)
@@ -234,7 +244,7 @@ def test_model_without_attention_has_a_prompt_too(tmp_path: Path) -> None:
 
 
 def test_tied_head_never_sees_a_prompt(tied: Tied) -> None:
-    live = materialize(injected(tied("llama"), PromptTuning(tokens=N)))
+    live = materialize(injected(tied("llama"), PromptTuning(virtual_tokens=N)))
     assert live(**batch()).logits.shape == (2, N + 9, 97)
 
 
@@ -256,7 +266,7 @@ def test_forward_refuses_what_has_no_place_for_a_prompt(
 @pytest.mark.parametrize(
     ("passes", "kind", "words"),
     [
-        ([PromptTuning(tokens=64)], PassError, "64 positions"),
+        ([PromptTuning(virtual_tokens=64)], PassError, "64 positions"),
         ([PromptTuning(init="text", text="a")], PassError, "tokenizer=…"),
         ([PromptTuning(init="text")], PassError, "give both"),
         ([PromptTuning(text="a")], PassError, "give both"),
@@ -315,7 +325,7 @@ def test_unknown_option_of_the_config_is_refused(llama: Path, tmp_path: Path) ->
 def test_plain_model_generates_the_same_from_a_prompts_cache(
     name: str, rule: Any, model: MakeModel, tmp_path: Path
 ) -> None:
-    program = injected(model(name), PromptTuning(tokens=N, positions=rule))
+    program = injected(model(name), PromptTuning(virtual_tokens=N, positions=rule))
     artifact = to_cache(program, tmp_path / "cache")
     assert artifact.manifest["proof"]["whole"]["relative_error"] <= 1e-5
     prompt, plain, live = PromptCache.open(artifact.path), auto(model(name)), materialize(program)
@@ -339,7 +349,7 @@ def test_plain_model_generates_the_same_from_a_prompts_cache(
 def test_prompts_cache_is_refused_where_there_is_none(
     model: MakeModel, llama: Path, tmp_path: Path
 ) -> None:
-    prompt, lora = PromptTuning(tokens=N, adapter="p"), Lora(rank=2, adapter="l")
+    prompt, lora = PromptTuning(virtual_tokens=N, adapter="p"), Lora(rank=2, adapter="l")
     for base, passes, words in (
         (llama, [lora], "no prompt"),
         (llama, [lora, prompt], "fold these first"),
@@ -354,7 +364,7 @@ def test_prompts_cache_is_refused_where_there_is_none(
 
 
 def test_damaged_cache_of_a_prompt_is_refused(llama: Path, tmp_path: Path) -> None:
-    to_cache(injected(llama, PromptTuning(tokens=N)), tmp_path / "cache")
+    to_cache(injected(llama, PromptTuning(virtual_tokens=N)), tmp_path / "cache")
     file = tmp_path / "cache" / "prompt_cache.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x00\x01"[1:])
     with pytest.raises(PeftcError):

@@ -52,7 +52,7 @@ def llama(model: MakeModel) -> Path:
 
 @pytest.fixture
 def ours(llama: Path) -> Any:
-    return materialize(injected(llama, PromptTuning(tokens=N)))
+    return materialize(injected(llama, PromptTuning(virtual_tokens=N)))
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -132,7 +132,7 @@ def test_other_ways_to_generate_give_the_same(options: dict[str, Any], ours: Any
 
 @pytest.mark.parametrize("rule", ["peft", "mask"])
 def test_decoding_by_hand_equals_generate(rule: Any, llama: Path) -> None:
-    live: Any = materialize(injected(llama, PromptTuning(tokens=N, positions=rule)))
+    live: Any = materialize(injected(llama, PromptTuning(virtual_tokens=N, positions=rule)))
     inputs = batch("left")
     ids, mask, past = inputs["input_ids"], inputs["attention_mask"], None
     step = ids
@@ -145,7 +145,9 @@ def test_decoding_by_hand_equals_generate(rule: Any, llama: Path) -> None:
 
 
 def test_pads_change_nothing_when_positions_go_by_the_mask(model: MakeModel) -> None:
-    live: Any = materialize(injected(model("gpt2"), PromptTuning(tokens=N, positions="mask")))
+    live: Any = materialize(
+        injected(model("gpt2"), PromptTuning(virtual_tokens=N, positions="mask"))
+    )
     inputs = batch("left")
     with torch.no_grad():
         padded = live(**inputs).logits[0, N + 4 :]
@@ -154,7 +156,7 @@ def test_pads_change_nothing_when_positions_go_by_the_mask(model: MakeModel) -> 
 
 
 def test_positions_by_the_mask_survive_their_directory(llama: Path, tmp_path: Path) -> None:
-    program = injected(llama, PromptTuning(tokens=N, positions="mask"))
+    program = injected(llama, PromptTuning(virtual_tokens=N, positions="mask"))
     to_peft(program, tmp_path / "out")
     again = attached(llama, tmp_path / "out")
     with torch.no_grad():
