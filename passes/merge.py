@@ -30,7 +30,7 @@ class Merge(Pass):
 
 
 def unmergeable(program: Program) -> list[PeftcError]:
-    """An error for each adapter that puts virtual tokens first, which no weights can do."""
+    """An error for each adapter that works on no site, and so on nothing that could be folded."""
     return [
         PassError(
             f"the adapter {adapter.name!r} is no change of weights: it puts "
@@ -39,5 +39,5 @@ def unmergeable(program: Program) -> list[PeftcError]:
             fix="keep it beside the model: leave out --merge, and write it with --format peft",
         )
         for adapter in program.adapters.values()
-        if adapter.method is not None and adapter.method.prefixed
+        if adapter.method is not None and adapter.method.prefixed and not adapter.sites
     ]
