@@ -92,6 +92,8 @@ def onnxruntime(weight: Tensor) -> Callable[[Tensor], object]:
     onnx.checker.check_model(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would spin on, and take a core from whoever is measured next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(model.SerializeToString(), options)
     return lambda x: session.run(None, {"x": x.numpy()})
 
