@@ -11,7 +11,7 @@ from peftc.errors import PassError, PeftcError
 from peftc.targets import ALL_LINEAR, Targets
 
 if TYPE_CHECKING:
-    from peftc.constants import Constant, Packed
+    from peftc.constants import Constant
     from peftc.program import Program
 
 
@@ -34,7 +34,7 @@ class Dequantize(Targets, Pass):
 
     def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:
         """The selected sites that are in 4 bits; by default all of them."""
-        packed = _packed(program)
+        packed = program.packed
         if self.targets == ALL_LINEAR and not self.exclude and not self.layers:
             return list(packed), []
         chosen, errors = super().pick(program)
@@ -65,7 +65,7 @@ class Dequantize(Targets, Pass):
         if self.base == "original":
             plain, _ = self._originals(program, chosen)
         else:
-            packed = _packed(program)
+            packed = program.packed
             plain = {
                 program.sites[fqn].name("weight"): Derived(c.graph, c.inputs, c.spec)
                 for fqn, c in packed.items()
@@ -83,7 +83,7 @@ class Dequantize(Targets, Pass):
         other = capture(self.original) if self.original else None
         found: dict[str, Constant] = {}
         errors: list[PeftcError] = []
-        for fqn, packed in _packed(program).items():
+        for fqn, packed in program.packed.items():
             if fqn not in chosen:
                 continue
             name = program.sites[fqn].name("weight")
@@ -101,14 +101,3 @@ class Dequantize(Targets, Pass):
                 continue
             found[name] = original
         return found, errors
-
-
-def _packed(program: Program) -> dict[str, Packed]:
-    """The weights in 4 bits, by the names of their sites."""
-    from peftc.constants import Packed
-
-    return {
-        fqn: constant
-        for fqn, site in program.sites.items()
-        if isinstance(constant := program.constants[site.name("weight")], Packed)
-    }

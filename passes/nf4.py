@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from peftc.program import Program
     from peftc.sites import Site
 
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
 
 class Nf4(Targets, Pass):
     """Quantize linear layers to 4 bits, as bitsandbytes does."""
@@ -42,8 +40,10 @@ class Nf4(Targets, Pass):
     @field_validator("block_size")
     @classmethod
     def _known(cls, size: int) -> int:
-        if size not in _BLOCK_SIZES:
-            raise ValueError(f"must be one of {', '.join(map(str, _BLOCK_SIZES))}")
+        from peftc.four_bit import BLOCK_SIZES
+
+        if size not in BLOCK_SIZES:
+            raise ValueError(f"must be one of {', '.join(map(str, BLOCK_SIZES))}")
         return size
 
     def pick(self, program: Program) -> tuple[list[str], list[PeftcError]]:

@@ -79,11 +79,8 @@ def materialize(
     model = program.source.instantiate(dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
-    stored = {
-        site.name("weight")
-        for site in program.sites.values()
-        if isinstance(program.weight_of(site), Packed)
-    }
+    packed = program.packed
+    stored = {program.sites[fqn].name("weight") for fqn in packed}
     for fqn in tensors.keys() & program.constants.keys() - stored:
         if program.touched(fqn) or isinstance(program.constants[fqn], Packed):
             # Not into the old one, which takes no memory where the source has 4 bits.
@@ -93,7 +90,7 @@ def materialize(
     live = _Live(program, device, next(dtypes, torch.float32))
     experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
-        if site.is_plain and not isinstance(program.weight_of(site), Packed):
+        if site.is_plain and site.fqn not in packed:
             continue
         if isinstance(site.kind, ExpertsKind):
             experts.setdefault(site.fqn.rpartition(".")[0], []).append(site)

@@ -59,11 +59,7 @@ def merge(
         PassError: The options do not go together, or speak of 4 bits and the base is not in them.
         ProofError: Most of the updates are lost.
     """
-    packed = {
-        fqn: constant
-        for fqn, site in program.sites.items()
-        if isinstance(constant := program.weight_of(site), Packed)
-    }
+    packed = program.packed
     if not packed:
         if base or then or original:
             raise PassError(

@@ -13,7 +13,7 @@ from torch import fx
 
 from peftc import graphs
 from peftc.checkpoint import PEFT_PREFIX
-from peftc.constants import Constant, Derived, derive, widened
+from peftc.constants import Constant, Derived, Packed, derive, widened
 from peftc.errors import SAVE_AGAIN, AdapterError, PeftcError, raise_all
 from peftc.graphs import Builder, Spec
 from peftc.kinds import ExpertsKind
@@ -218,6 +218,15 @@ class Program:
     def weight_of(self, site: Site) -> Constant | None:
         """The weight of a site's own map, where the site has one."""
         return self.constants[site.name("weight")] if site.kind.opened else None
+
+    @property
+    def packed(self) -> dict[str, Packed]:
+        """The quantized weights, by the names of their sites."""
+        return {
+            fqn: weight
+            for fqn, site in self.sites.items()
+            if isinstance(weight := self.weight_of(site), Packed)
+        }
 
     def rewrite(
         self,

@@ -29,6 +29,7 @@ from peftc.outline import architecture
 from peftc.program import Program
 from peftc.reading import read
 from peftc.roles import example_inputs
+from peftc.storage import packed_weights
 from peftc.witness import witness
 
 Extent = Literal["auto", "sites", "whole"]
@@ -46,7 +47,7 @@ def watcher(program: Program) -> Callable[[str], Watcher | None]:
     """What the linker asks for the witness of a stored tensor."""
     weights = {old.site.name("weight"): fqn for fqn, old in program.unfolded.items()}
 
-    packed = {key for key in program.stored if isinstance(program.written(key), Packed)}
+    packed = packed_weights(program)
 
     def watch(key: str) -> Watcher | None:
         if key not in program.stored:  # a part of a quantized weight

@@ -29,8 +29,10 @@ def packed_weights(program: Program) -> dict[str, Packed]:
     """The weights that are written in 4 bits, by their names in the checkpoint."""
     return {
         key: constant
-        for key in program.stored
-        if isinstance(constant := program.written(key), Packed)
+        for key, fqn in program.stored.items()
+        # A part of what a pass changed is a graph of its own, which takes time to make.
+        if not (key in program.parts and program.touched(fqn))
+        and isinstance(constant := program.written(key), Packed)
     }
 
 
@@ -41,12 +43,12 @@ def contents(program: Program, file: OutputFile) -> list[tuple[str, Constant]]:
     start at a multiple of its elements' size, those of large elements come first, as safetensors
     itself writes them: its readers map files into memory.
     """
+    written = {key: program.written(key) for key in file.tensors}
     found: list[tuple[str, Constant]] = []
-    for key in file.tensors:
-        constant = program.written(key)
+    for key, constant in written.items():
         parts = constant.parts if isinstance(constant, Packed) else {"": constant}
         found += [(key + suffix, part) for suffix, part in parts.items()]
-    if any(isinstance(program.written(key), Packed) for key in file.tensors):
+    if any(isinstance(constant, Packed) for constant in written.values()):
         before = {key: i for i, key in enumerate(file.original.tensors if file.original else ())}
         if dict(found).keys() == before.keys():
             found.sort(key=lambda item: before[item[0]])

@@ -23,6 +23,8 @@ from peftc.cli import main
 from peftc.errors import ArtifactError, PassError, ProofError
 from peftc.kernels import nf4
 from peftc.merging import merge, original_of
+from peftc.passes.bottleneck import Bottleneck
+from peftc.passes.dequantize import Dequantize
 from peftc.passes.nf4 import Nf4
 
 from .conftest import auto, distance, logits
@@ -466,3 +468,10 @@ def test_verify_fails_when_a_code_was_changed(quantize: Quantize, tmp_path: Path
     save_file(tensors, artifact.path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ProofError):
         peftc.verify(artifact.path)
+
+
+def test_dequantize_leaves_a_bottleneck_alone(base: Path) -> None:
+    beside = Bottleneck(targets=["mlp"])
+    program = Pipeline([Nf4(), beside]).run(peftc.capture(base))
+    plain = Pipeline([Dequantize()]).run(program)
+    assert program.packed and not plain.packed and plain.adapters.keys() == program.adapters.keys()
