@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peftc.analysis import SiteAnalysis, analyse
     from peftc.api import apply, export, load, verify
     from peftc.artifact import Artifact
+    from peftc.callbacks import callback, schedule
     from peftc.capturing import capture
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
@@ -38,6 +39,7 @@ _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
     "api": ("apply", "export", "load", "verify"),
     "artifact": ("Artifact",),
+    "callbacks": ("callback", "schedule"),
     "capturing": ("capture",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
@@ -66,9 +68,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
     "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "SiteAnalysis",
-    "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
-    "optimizer_groups", "prefix_cache", "restore_base", "to_adapterhub", "to_cache", "to_peft",
-    "to_safetensors", "verify",
+    "Unmerge", "absorb", "analyse", "apply", "callback", "capture", "export", "load",
+    "materialize", "optimizer_groups", "prefix_cache", "restore_base", "schedule",
+    "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "verify",
 ]  # fmt: skip
 
 
