@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftc.capturing import capture
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
+    from peftc.evaluation import Scores, score
     from peftc.exporters.to_adapterhub import to_adapterhub
     from peftc.exporters.to_cache import to_cache
     from peftc.exporters.to_peft import to_peft
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from peftc.program import Program
     from peftc.prompt_cache import PromptCache
     from peftc.recipe import Recipe
+    from peftc.training import tune
+    from peftc.tuning import Evaluation, Tuning
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
@@ -43,6 +46,7 @@ _HOMES = {
     "capturing": ("capture",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
+    "evaluation": ("Scores", "score"),
     "exporters.to_adapterhub": ("to_adapterhub",),
     "exporters.to_cache": ("to_cache",),
     "exporters.to_peft": ("to_peft",),
@@ -61,16 +65,18 @@ _HOMES = {
     "program": ("Program",),
     "prompt_cache": ("PromptCache",),
     "recipe": ("Recipe",),
+    "training": ("tune",),
+    "tuning": ("Evaluation", "Tuning"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
-    "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "SiteAnalysis",
-    "Unmerge", "absorb", "analyse", "apply", "callback", "capture", "export", "load",
-    "materialize", "optimizer_groups", "prefix_cache", "restore_base", "schedule",
-    "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "verify",
+    "Artifact", "Attach", "Combine", "Effect", "Evaluation", "Fold", "Lora", "Merge", "Method",
+    "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "Scores",
+    "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback", "capture",
+    "export", "load", "materialize", "optimizer_groups", "prefix_cache", "restore_base", "schedule",
+    "score", "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "tune", "verify",
 ]  # fmt: skip
 
 

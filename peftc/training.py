@@ -1,0 +1,382 @@
+"""Training what was applied: from a checkpoint and a data file to what `apply` writes, trained.
+
+transformers' Trainer does the steps, on accelerate; the rest is here: what it is given, how it goes
+on after a kill, and how what it trained is published.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.api import load, write_applied
+from peftc.artifact import Artifact, obstacles
+from peftc.contract import Pass
+from peftc.curve import draw
+from peftc.errors import Interrupted, PeftcError, TrainingError, raise_all
+from peftc.examples import read_examples
+from peftc.exporters.to_safetensors import folders
+from peftc.extras import lacking
+from peftc.live import absorb, materialize
+from peftc.memory import peak, reset_peak
+from peftc.pipeline import Pipeline
+from peftc.program import Program
+from peftc.progress import SILENT, Progress
+from peftc.runs import METRICS, SETTINGS, Run, step_of, working
+from peftc.scoring import perplexity
+from peftc.sources import limit_of, tokenizer_of
+from peftc.token_rows import Rows, check_packing, collate, token_rows
+from peftc.tuning import ON_GPU, OPTIMIZERS, Tuning
+
+FIGURES = "training/"  # in the artifact
+
+
+def tune(
+    source: str | Path,
+    tuning: Tuning,
+    target: str | Path,
+    passes: Sequence[Pass] = (),
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress = SILENT,
+) -> Artifact:
+    """Trains adapters, and publishes them as `apply` does, with the training's figures.
+
+    A training that was killed, or stopped by an interrupt, goes on when this is called again with
+    the same arguments: until it is published, its checkpoints lie beside the target. In a launched
+    process group (`accelerate launch -m peftc tune …`) every process calls this.
+
+    Args:
+        source: What `apply` wrote, or any other source that `load` takes.
+        tuning: The data and the settings.
+        target: A directory that does not exist.
+        passes: Run on the source first, such as `Lora(rank=8)`.
+        overwrite: Replace an artifact that peftc wrote.
+        restart: Throw away what an unfinished run left.
+        progress: Told of every pass and step.
+
+    Returns:
+        The artifact; its manifest's `training` has the settings and figures.
+
+    Raises:
+        DataError: The examples cannot be read, or cannot be learned from.
+        TrainingError: The settings do not go with this machine or model, or the training broke off.
+        Interrupted: It was asked to stop; its last step is saved.
+        PeftcError: The source cannot be read, a pass cannot run, or the target cannot be written.
+    """
+    target = Path(target)
+    raise_all(_obstacles(tuning))
+    program = Pipeline(passes).run(load(source, progress), progress)
+    raise_all(_untrainable(program, source))
+    sizes = [program.constants[fqn].spec.nbytes for fqn in program.trainable]
+    # The adapter, and in each checkpoint that and AdamW's two moments.
+    need = sum(sizes) * (1 + 3 * (tuning.keep + 1))
+    alone = int(os.environ.get("RANK", "0")) == 0
+    if alone:
+        raise_all(obstacles(target, need, folders(program), overwrite))
+    tokenizer = tokenizer_of(program)
+    progress.stage("read the examples")
+    rows, held = _data(tuning, program, tokenizer)
+    micro, accumulated = _batches(tuning, len(rows))
+    what = {
+        "settings": tuning.model_dump(exclude={"data", "eval_data"}),
+        "model": program.fingerprint,
+        "data": [rows.digest, held.digest if held else None],
+    }
+    with working(target, alone) as run:
+        if alone:
+            run.begin(what, restart)
+        progress.stage("load the model")
+        dtype = None if tuning.dtype == "auto" else getattr(torch, tuning.dtype)
+        model = materialize(program, dtype=dtype)
+        figures = _train(program, model, tuning, run, rows, held, micro, accumulated, tokenizer,
+                         progress)  # fmt: skip
+        state = figures.pop("state")
+        if not alone:
+            return Artifact(target, {"training": figures})
+        progress.stage("publish")
+        metrics = run.metrics
+        files = {FIGURES + METRICS: (run.root / METRICS).read_bytes()}
+        if tuning.plot:
+            files[FIGURES + "loss.png"] = draw(metrics)
+        remarks = {"training": {"settings": tuning.model_dump(), **figures}}
+        artifact = write_applied(
+            absorb(program, state), target, files=files, remarks=remarks, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
+        (run.root / SETTINGS).unlink()  # `working` removes what is not in use
+    return artifact
+
+
+def _data(tuning: Tuning, program: Program, tokenizer: Any) -> tuple[Rows, Rows | None]:
+    """What is learned from, and what is held out."""
+    limit = limit_of(program, tokenizer)
+
+    def read(source: str) -> Rows:
+        data = tuning.model_copy(update={"data": source})
+        return token_rows(read_examples(data, source, tokenizer), data, tokenizer, limit)
+
+    rows, held = read(tuning.data), None
+    if tuning.eval_data:
+        held = read(tuning.eval_data)
+    elif tuning.eval_share and len(rows) > 1:
+        rows, held = rows.split(tuning.eval_share, tuning.seed)
+    return (rows.pack(min(limit, tuning.max_length or limit)) if tuning.pack else rows), held
+
+
+def _obstacles(tuning: Tuning) -> list[PeftcError]:
+    """What of the settings does not go with this machine."""
+    errors = lacking("peftc tune", "train", "accelerate", "datasets")
+    if tuning.plot:
+        errors += lacking("the loss curve (--no-plot goes without)", "train", "matplotlib")
+    gpu = tuning.device != "cpu" and torch.cuda.is_available()
+    if tuning.optimizer in ON_GPU:
+        if gpu:
+            errors += lacking(f"--optimizer {tuning.optimizer}", "train", "bitsandbytes")
+        else:
+            errors.append(
+                TrainingError(
+                    "is bitsandbytes', whose states live on a GPU, and there is none",
+                    where=f"--optimizer {tuning.optimizer}",
+                    fix=f"--optimizer {ON_GPU[tuning.optimizer]}",
+                )
+            )
+    if tuning.precision == "fp16" and not gpu:
+        errors.append(
+            TrainingError(
+                "mixed precision in fp16 needs a GPU", where="--precision fp16",
+                fix="--precision bf16",
+            )
+        )  # fmt: skip
+    return errors
+
+
+def _untrainable(program: Program, source: str | Path) -> list[PeftcError]:
+    """Why there is nothing that this loop could train."""
+    if not program.trainable:
+        return [
+            TrainingError(
+                "carries no adapter, so that nothing is trained", where=str(source),
+                fix=f"add a method: peftc tune {source} --data FILE -o OUT lora --rank 8",
+            )
+        ]  # fmt: skip
+    names = program.source.architectures
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return [
+            TrainingError(
+                f"is a {', '.join(names) or 'model'}, and peftc tune trains causal language models",
+                where=str(source),
+                fix="materialize it, and train it in a loop of your own: "
+                "examples/03_train_in_your_own_loop.py",
+            )
+        ]
+    return []
+
+
+def _batches(tuning: Tuning, rows: int) -> tuple[int, int]:
+    """Rows at once on a device, and how often gradients are accumulated."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = tuning.micro_batch or tuning.batch_size // world
+    if not micro or tuning.batch_size % (micro * world):
+        raise TrainingError(
+            f"{tuning.batch_size} rows of a step are no multiple of {micro or 1} rows on each of "
+            f"{world} processes",
+            where="--batch-size",
+            fix=f"a multiple of {(micro or 1) * world}",
+        )
+    if rows < tuning.batch_size:
+        raise TrainingError(
+            f"there are {rows} rows, and a step takes {tuning.batch_size}",
+            where=tuning.data,
+            fix=f"--batch-size {rows}, or more examples",
+        )
+    return micro, tuning.batch_size // (micro * world)
+
+
+def _train(
+    program: Program, model: nn.Module, tuning: Tuning, run: Run, rows: Rows, held: Rows | None,
+    micro: int, accumulated: int, tokenizer: Any, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs the steps that are left; the figures, and the trained tensors as `state`."""
+    from peftc.callbacks import callback
+    from peftc.tuner import Tuner, Watch
+
+    per_epoch = len(rows) // tuning.batch_size
+    total = tuning.steps or max(1, round(tuning.epochs * per_epoch))
+    live: Any = model
+    live.config.use_cache = False
+    if tuning.gradient_checkpointing:
+        live.gradient_checkpointing_enable({"use_reentrant": False})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tuner = Tuner(
+        tuning, run, rows, held,
+        model=model,
+        args=_arguments(tuning, run, micro, accumulated, total, held is not None),
+        data_collator=partial(collate, pad=pad or 0),
+        callbacks=[callback(program)],
+    )  # fmt: skip
+    watch = Watch(tuner, progress)
+    tuner.add_callback(watch)
+    _quiet(tuner)
+    if rows.packed:
+        check_packing(tuner.model, live.config.get_text_config().vocab_size)
+    tuner.accelerator.wait_for_everyone()
+    start = run.last
+    began = step_of(start) if start else 0
+    tuner.args.eval_on_start = held is not None and start is None
+    reset_peak()
+    clock = time.perf_counter()
+    watch.listen()
+    try:
+        if start and began >= total and not tuner.is_fsdp_enabled:
+            tuner.restore(start)  # it was killed between its last step and its publication
+        else:
+            tuner.train(resume_from_checkpoint=str(start) if start else None)
+            if held is not None and not watch.stopped:
+                _evaluate_last(tuner, run)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the device's memory is full: {str(error).splitlines()[0]}", where="peftc tune",
+            fix="a smaller --micro-batch, --gradient-checkpointing, or a 4-bit base: nf4 lora",
+        ) from error  # fmt: skip
+    except RuntimeError as error:
+        raise_lost(error, run)
+        raise
+    finally:
+        watch.deafen()
+    if watch.stopped:
+        raise Interrupted(
+            f"stopped by {watch.signal or 'another process'} behind step {tuner.state.global_step}",
+            where=str(run.root),
+            fix="the same command goes on from there",
+        )
+    metrics = run.metrics
+    best = watch.best(tuner.state) if tuning.patience else None
+    if best is not None and best != tuner.state.global_step:
+        tuner.restore(next(path for path in run.checkpoints if step_of(path) == best))
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    evaluations = [line["eval_loss"] for line in metrics if "eval_loss" in line]
+    last = max((line for line in metrics if "loss" in line), key=lambda line: line["step"])
+    figures: dict[str, Any] = {
+        "steps": last["step"],
+        "epochs": last["epoch"],
+        "examples": sum(len(group) for group in rows.groups),
+        "rows": len(rows),
+        **{name: count for name, count in rows.notes.items() if count},
+        "trained_parameters": sum(t.numel() for t in tuner.trained().values()),
+        "first_loss": losses[0],
+        "last_loss": sum(losses[-10:]) / len(losses[-10:]),
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "tokens_per_second": round(last["tokens"] / max(last["seconds"], 1e-9), 1),
+        "seconds_per_step": round(last["seconds"] / last["step"], 4),
+        "peak_memory": peak(tuner.args.device),
+        "processes": tuner.args.world_size,
+        "went_on_at_step": began or None,
+        "this_session": round(time.perf_counter() - clock, 3),
+    }
+    if evaluations:
+        chosen = min(evaluations) if tuning.patience else evaluations[-1]
+        figures["evaluation"] = {
+            "before": evaluations[0],
+            "after": chosen,
+            "perplexity": [perplexity(evaluations[0]), perplexity(chosen)],
+            **({"best_step": best} if best is not None else {}),
+        }
+    return {**figures, "state": tuner.state_of_all()}
+
+
+def _arguments(
+    tuning: Tuning, run: Run, micro: int, accumulated: int, total: int, evaluated: bool
+) -> Any:
+    """The settings as transformers' Trainer takes them."""
+    from transformers import TrainingArguments
+
+    warmup = tuning.warmup if tuning.warmup >= 1 else math.ceil(tuning.warmup * total)
+    cpu = tuning.device == "cpu" or not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(run.root),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulated,
+        max_steps=total,
+        learning_rate=tuning.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            tuning.schedule, tuning.schedule
+        ),
+        warmup_steps=int(warmup),
+        optim=OPTIMIZERS[tuning.optimizer],
+        weight_decay=tuning.weight_decay,
+        max_grad_norm=tuning.clip,
+        bf16=tuning.precision == "bf16",
+        fp16=tuning.precision == "fp16",
+        seed=tuning.seed,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        eval_strategy="steps" if evaluated and tuning.eval_steps else "no",
+        eval_steps=tuning.eval_steps,
+        save_strategy="steps",
+        save_steps=tuning.save_steps,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show an earlier loss in the place of a NaN
+        include_num_input_tokens_seen="all" if tuning.pack else "non_padding",
+        average_tokens_across_devices=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not cpu,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _quiet(tuner: Any) -> None:
+    """Takes the Trainer's own output away."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        tuner.remove_callback(callback)
+
+
+def _evaluate_last(tuner: Any, run: Run) -> None:
+    """Evaluates behind the last step, where that was not done."""
+    done = {line["step"] for line in run.metrics if "eval_loss" in line}
+    if tuner.args.world_size > 1 or tuner.state.global_step not in done:
+        tuner.evaluate()
+
+
+def raise_lost(error: RuntimeError, run: Run) -> None:
+    """Says so where an error means that another process is gone.
+
+    Raises:
+        TrainingError: It does.
+    """
+    signs = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if grouped and any(sign in str(error).lower() for sign in signs):
+        raise TrainingError(
+            f"another process is gone: {str(error).strip().splitlines()[0]}",
+            where="peftc tune",
+            fix=f"look into its output; the same command goes on {run.point}",
+        ) from error
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """A training's figures in a sentence or two."""
+    text = (
+        f"{figures['steps']} steps on {figures['examples']} examples: loss "
+        f"{figures['first_loss']:.3f} → {figures['last_loss']:.3f}"
+    )
+    with suppress(KeyError):
+        evaluation = figures["evaluation"]
+        text += f", on what was held out {evaluation['before']:.3f} → {evaluation['after']:.3f}"
+    return f"{text}; {figures['tokens_per_second']:,.0f} tokens/s, {figures['seconds']:.0f} s"
