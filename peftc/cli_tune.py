@@ -140,16 +140,18 @@ def evaluate(src: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
 
 def _show(found: list[Scores], terminal: Terminal) -> None:
     head = ["model", "loss", "perplexity", "BLEU", "ROUGE-L", "ms per token", "peak memory"]
+    last = [scores.name.rpartition("/")[2] for scores in found]
+    names = last if len(set(last)) == len({scores.name for scores in found}) else None
     rows = [
         (
-            scores.name, f"{scores.loss:.4f}", f"{scores.perplexity:.3f}",
+            name, f"{scores.loss:.4f}", f"{scores.perplexity:.3f}",
             "" if scores.bleu is None else f"{scores.bleu:.2f}",
             "" if scores.rouge_l is None else f"{scores.rouge_l:.2f}",
             f"{scores.read_ms:.2f} read"
             + ("" if scores.write_ms is None else f", {scores.write_ms:.1f} written"),
             f"{scores.peak_memory / 1e6:,.0f} MB",
         )
-        for scores in found
+        for name, scores in zip(names or [s.name for s in found], found, strict=True)
     ]  # fmt: skip
     title = f"{found[0].examples} examples, {found[0].tokens} learned tokens"
     terminal.table(title, head, rows)

@@ -6,6 +6,7 @@ again here, so that the error names the line.
 
 from __future__ import annotations
 
+import csv
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -93,11 +94,10 @@ def _table(data: Data, source: str, cache: str) -> Any:
     if not file.stat().st_size:
         raise DataError("is empty", where=source, fix="put an example into every line")
     kind = READERS[file.suffix]
-    # "NA" and "007" are texts, and no numbers or gaps.
-    options = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
+        options = _as_texts(file) if kind == "csv" else {}
         table = datasets.load_dataset(
             kind, data_files=str(file), split="train", cache_dir=cache, **options
         )
@@ -111,6 +111,16 @@ def _table(data: Data, source: str, cache: str) -> Any:
     if not len(table):
         raise DataError("holds no example", where=source, fix="put an example into every line")
     return table
+
+
+def _as_texts(file: Path) -> dict[str, Any]:
+    """How a CSV file is read so that "NA" and "007" are texts, and no gap or number."""
+    import datasets
+
+    with file.open(newline="", encoding="utf-8") as opened:
+        names = next(csv.reader(opened))
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False}
 
 
 def _from_hub(data: Data, source: str) -> Any:

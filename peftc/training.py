@@ -242,8 +242,9 @@ def _train(
             tuner.restore(start)  # it was killed between its last step and its publication
         else:
             tuner.train(resume_from_checkpoint=str(start) if start else None)
-            if held is not None and not watch.stopped:
-                _evaluate_last(tuner, run)
+            done = {step for step, _ in watch.losses(tuner.state)}
+            if held is not None and not watch.stopped and tuner.state.global_step not in done:
+                tuner.evaluate()
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the device's memory is full: {str(error).splitlines()[0]}", where="peftc tune",
@@ -345,13 +346,6 @@ def _quiet(tuner: Any) -> None:
 
     for callback in (PrinterCallback, ProgressCallback):
         tuner.remove_callback(callback)
-
-
-def _evaluate_last(tuner: Any, run: Run) -> None:
-    """Evaluates behind the last step, where that was not done."""
-    done = {line["step"] for line in run.metrics if "eval_loss" in line}
-    if tuner.args.world_size > 1 or tuner.state.global_step not in done:
-        tuner.evaluate()
 
 
 def raise_lost(error: RuntimeError, run: Run) -> None:

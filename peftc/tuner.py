@@ -71,6 +71,7 @@ class Tuner(Trainer):  # type: ignore[misc]  # transformers has no types
         self, tuning: Tuning, run: Run, rows: Rows, held: Rows | None, **options: Any
     ) -> None:
         self.tuning, self.run, self.held = tuning, run, held
+        self.evaluating = 0.0  # seconds
         self.order = Order(len(rows), tuning.batch_size, tuning.seed)
         super().__init__(train_dataset=rows, eval_dataset=held, **options)
 
@@ -93,6 +94,7 @@ class Tuner(Trainer):  # type: ignore[misc]  # transformers has no types
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss per learned token of all that is held out."""
         assert self.held is not None
+        began = time.perf_counter()
         model = self.model_wrapped if self.is_in_train else self.model
         total, count = token_loss(
             model, self.held, self.args.per_device_train_batch_size, self.data_collator,
@@ -101,6 +103,7 @@ class Tuner(Trainer):  # type: ignore[misc]  # transformers has no types
         sums = torch.tensor([total, count], device=self.args.device, dtype=torch.float64)
         total, count = self.accelerator.reduce(sums).tolist()
         metrics = {"eval_loss": total / count}
+        self.evaluating += time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -203,7 +206,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        seconds = time.perf_counter() - self.began
+        seconds = time.perf_counter() - self.began - self.tuner.evaluating
         rate = (state.num_input_tokens_seen - self.tokens) / max(seconds, 1e-9)
         if "eval_loss" in logs:
             line |= {"eval_loss": logs["eval_loss"], "perplexity": perplexity(logs["eval_loss"])}

