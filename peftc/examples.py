@@ -144,9 +144,11 @@ def _broken_lines(file: Path) -> list[PeftcError]:
             if not line.strip():
                 continue
             try:
-                what = None if isinstance(json.loads(line), dict) else "is no JSON object"
-            except ValueError as error:
-                what = f"is no JSON: {error}"
+                what = None if isinstance(json.loads(line.strip()), dict) else "is no JSON object"
+            except json.JSONDecodeError as error:
+                what = f"is no JSON: {error.msg} at its character {error.pos + 1}"
+            except UnicodeDecodeError:
+                what = "is no JSON: it is not in UTF-8"
             if what:
                 errors.append(DataError(
                     what, where=f"{file}, line {number}", fix="correct the line, or take it out"

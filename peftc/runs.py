@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,3 +165,9 @@ def working(target: Path, alone: bool) -> Iterator[Run]:
 def step_of(checkpoint: Path) -> int:
     """The number of steps that a checkpoint has behind it."""
     return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def best_of(metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step of the best evaluation; that before the first step has no checkpoint."""
+    losses = [(line["eval_loss"], line["step"]) for line in metrics if "eval_loss" in line]
+    return min(((loss, step) for loss, step in losses if step), default=(0.0, None))[1]

@@ -22,16 +22,17 @@ from peftc.api import load, write_applied
 from peftc.artifact import Artifact, obstacles
 from peftc.contract import Pass
 from peftc.curve import draw
-from peftc.errors import Interrupted, PeftcError, TrainingError, raise_all
+from peftc.errors import DataError, Interrupted, PeftcError, TrainingError, raise_all
 from peftc.examples import read_examples
 from peftc.exporters.to_safetensors import folders
 from peftc.extras import lacking
+from peftc.link import plan
 from peftc.live import absorb, materialize
 from peftc.memory import peak, reset_peak
 from peftc.pipeline import Pipeline
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
-from peftc.runs import METRICS, SETTINGS, Run, step_of, working
+from peftc.runs import METRICS, SETTINGS, Run, best_of, step_of, working
 from peftc.scoring import perplexity
 from peftc.sources import limit_of, tokenizer_of
 from peftc.token_rows import Rows, check_packing, collate, token_rows
@@ -81,6 +82,7 @@ def tune(
     sizes = [program.constants[fqn].spec.nbytes for fqn in program.trainable]
     # The adapter, and in each checkpoint that and AdamW's two moments.
     need = sum(sizes) * (1 + 3 * (tuning.keep + 1))
+    need += sum(shard.size for shard in plan(program)) if program.rewritten else 0
     alone = int(os.environ.get("RANK", "0")) == 0
     if alone:
         raise_all(obstacles(target, need, folders(program), overwrite))
@@ -129,7 +131,12 @@ def _data(tuning: Tuning, program: Program, tokenizer: Any) -> tuple[Rows, Rows 
     rows, held = read(tuning.data), None
     if tuning.eval_data:
         held = read(tuning.eval_data)
-    elif tuning.eval_share and len(rows) > 1:
+    elif tuning.eval_share:
+        if len(rows) < 2:
+            raise DataError(
+                "holds one example, of which no share can be held out", where=tuning.data,
+                fix="leave --eval-share out, or give --eval-data",
+            )  # fmt: skip
         rows, held = rows.split(tuning.eval_share, tuning.seed)
     return (rows.pack(min(limit, tuning.max_length or limit)) if tuning.pack else rows), held
 
@@ -151,6 +158,13 @@ def _obstacles(tuning: Tuning) -> list[PeftcError]:
                     fix=f"--optimizer {ON_GPU[tuning.optimizer]}",
                 )
             )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") and not gpu:
+        errors.append(
+            TrainingError(
+                "is done by accelerate on GPUs alone; on CPUs it would be left out in silence",
+                where="--use_fsdp", fix="launch with --multi_gpu, which on CPUs uses gloo",
+            )
+        )  # fmt: skip
     if tuning.precision == "fp16" and not gpu:
         errors.append(
             TrainingError(
@@ -225,6 +239,11 @@ def _train(
         data_collator=partial(collate, pad=pad or 0),
         callbacks=[callback(program)],
     )  # fmt: skip
+    if tuner.is_fsdp_enabled and tuning.patience:
+        raise TrainingError(
+            "the best checkpoint cannot be taken up where FSDP keeps it in parts",
+            where="--patience", fix="leave it out, and give --steps",
+        )  # fmt: skip
     watch = Watch(tuner, progress)
     tuner.add_callback(watch)
     _quiet(tuner)
@@ -242,7 +261,7 @@ def _train(
             tuner.restore(start)  # it was killed between its last step and its publication
         else:
             tuner.train(resume_from_checkpoint=str(start) if start else None)
-            done = {step for step, _ in watch.losses(tuner.state)}
+            done = {line["step"] for line in tuner.state.log_history if "eval_loss" in line}
             if held is not None and not watch.stopped and tuner.state.global_step not in done:
                 tuner.evaluate()
     except torch.OutOfMemoryError as error:
@@ -262,8 +281,8 @@ def _train(
             fix="the same command goes on from there",
         )
     metrics = run.metrics
-    best = watch.best(tuner.state) if tuning.patience else None
-    if best is not None and best != tuner.state.global_step:
+    best = best_of(metrics) if tuning.patience else None
+    if best is not None and best != metrics[-1]["step"]:
         tuner.restore(next(path for path in run.checkpoints if step_of(path) == best))
     losses = [line["loss"] for line in metrics if "loss" in line]
     evaluations = [line["eval_loss"] for line in metrics if "eval_loss" in line]

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 from peftc.errors import CheckpointError, TrainingError
 from peftc.optimizer_groups import optimizer_groups
 from peftc.progress import Progress
-from peftc.runs import PREFIX, Run
+from peftc.runs import PREFIX, Run, best_of
 from peftc.scoring import perplexity, token_loss
 from peftc.token_rows import Rows
 from peftc.tuning import Tuning
@@ -235,17 +235,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.tuning.patience is None:
             return
-        losses = self.losses(state)
-        best = self.best(state)
+        best = best_of(state.log_history)
         control.should_save = control.should_save or state.global_step == best
-        worse = sum(step > (best or 0) for step, _ in losses)
+        worse = sum("eval_loss" in e and e["step"] > (best or 0) for e in state.log_history)
         if worse >= self.tuning.patience:
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tuner.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            best = self.best(state) if self.tuning.patience else None
+            best = best_of(state.log_history) if self.tuning.patience else None
             self.run.seal(self.run.root / f"{PREFIX}{state.global_step}", self.tuning.keep, best)
 
     # ----------------------------------------------------------------------------------- our own
@@ -253,16 +252,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     @property
     def steps_per_epoch(self) -> int:
         return len(self.tuner.order) // self.tuning.batch_size
-
-    @staticmethod
-    def losses(state: Any) -> list[tuple[int, float]]:
-        """Step and loss of every evaluation."""
-        return [(e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e]
-
-    def best(self, state: Any) -> int | None:
-        """The step of the best evaluation, but for that before the first step."""
-        losses = [(loss, step) for step, loss in self.losses(state) if step]
-        return min(losses)[1] if losses else None
 
     def _asked(self) -> bool:
         """Whether any process was asked to stop; all of them must stop at the same step."""

@@ -15,8 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from peftc import Artifact, Lora, tune
+from peftc.errors import TrainingError
 
-from .helpers import ROOT
+from .helpers import ROOT, refuse
 from .talker import sums, talker, tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -94,3 +95,64 @@ def test_two_processes_train_as_one_though_one_was_lost(
         assert figures(after, key) == pytest.approx(figures(alone, key), abs=1e-4), key
     one, two = (load_file(a.path / "adapter/adapter_model.safetensors") for a in (alone, after))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+import peftc
+
+dist.init_process_group("gloo")
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+program = peftc.Pipeline([peftc.Lora(rank=4)]).run(peftc.capture(sys.argv[1]))
+ids = torch.randint(0, 259, (4, 12), generator=torch.Generator().manual_seed(0))
+
+
+def train(sharded):
+    model = peftc.materialize(program).train()
+    for part in [*model.model.layers, model] if sharded else []:
+        fully_shard(part, mesh=mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-3)
+    rows = ids[dist.get_rank() :: 2] if sharded else ids
+    for _ in range(4):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = StateDictOptions(full_state_dict=True)
+    return get_model_state_dict(model, options=whole) if sharded else model.state_dict()
+
+
+one, two = train(False), train(True)
+if dist.get_rank() == 0:
+    peftc.absorb(program, two)
+    moved = max(float(one[name].abs().max()) for name in program.trainable if "lora_B" in name)
+    error = max(float((one[name] - two[name]).abs().max()) for name in program.trainable)
+    print("moved" if moved > 1e-3 else "still", error)
+dist.destroy_process_group()
+"""
+
+
+def test_live_model_trains_alike_in_shards(base: Path, tmp_path: Path) -> None:
+    """FSDP2 itself on gloo; accelerate turns it on for GPUs alone."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            str(script), str(base),
+        ],
+        cwd=ROOT, env=environment(), check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    moved, error = done.stdout.split()
+    assert moved == "moved" and float(error) < 1e-5
+
+
+def test_fsdp_that_would_not_be_is_refused(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    job = lambda out: tune(base, tuning(data), out, [Lora(rank=4)])  # noqa: E731
+    refuse(tmp_path, TrainingError, job, "--use_fsdp", "--multi_gpu")
