@@ -165,6 +165,12 @@ def put_before(model: nn.Module, first: int, count: int, rule: Positions) -> Non
     model.__class__ = virtual_class(cls, tokens)
 
 
+def take_back(model: nn.Module) -> None:
+    """Makes a live model put no virtual tokens before its inputs any more."""
+    if "virtual_tokens" in vars(type(model)):
+        model.__class__ = type(model).__base__  # type: ignore[assignment]
+
+
 @cache
 def virtual_class(cls: Any, tokens: VirtualTokens) -> Any:
     """The subclass of a model's class that knows virtual tokens; it has the same name."""
