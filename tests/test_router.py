@@ -219,7 +219,7 @@ def test_shared_a_stays_one_when_applied_and_loaded(base: Program, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"share_a": "fx"}, ("no LoRA named 'fx'", "did you mean fr")),
+        ({"share_a": "fx"}, ("no LoRA named 'fx'", "there are: c, fr")),
         ({"share_a": "fr", "rank": 8}, ("'fr' has no A of rank 8",)),
         ({"share_a": "fr", "init": "pissa"}, ("starts A anew",)),
         ({"share_a": "c"}, ("no LoRA named 'c'",)),
