@@ -20,7 +20,7 @@ ORDER = [
     "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
     "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing", "structure",
     "storage", "artifact", "early", "link", "fusing", "functions", "surrounding", "live", "virtual",
-    "prompt_cache", "prefixes", "optimizer_groups", "witness", "proof", "spectra", "analysis",
+    "constant_cache", "prefixes", "optimizer_groups", "witness", "proof", "spectra", "analysis",
     "survival", "kernels", "passes", "exporters", "recipe", "merging", "api", "terminal",
     "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli", "__main__",
 ]  # fmt: skip
