@@ -106,10 +106,11 @@ class ConstantCache:
 
         self._check(model.config)
         batch, length = input_ids.shape
+        device, dtype = model.device, model.dtype  # which look at its parameters each time
         cache = DynamicCache(config=model.config) if cache is None else cache
         for i, pair in enumerate(self.layers):
             key, value = (
-                tensor.to(model.device, model.dtype).expand(batch * copies, -1, -1, -1)
+                tensor.to(device, dtype).expand(batch * copies, -1, -1, -1)
                 for tensor in pair
             )
             cache.update(key, value, i)
