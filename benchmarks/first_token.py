@@ -2,8 +2,8 @@
 
 A prompt and a prefix of SmolLM2-135M, exported by `peftc export --merge --format cache`; the plain
 model of transformers starts from them by `ConstantCache.before`, whose time counts. Beside it the
-live model of peftc, and PEFT with the same weights. Each time is of `generate` for one token; all of
-them take turns in one run, and medians are taken. `÷ base` is how many times slower than the base.
+live model of peftc, and PEFT with the same weights. Each time is of `generate` for one token; all
+of them take turns in one run, and medians are taken, those of ratios within a turn.
 
     python benchmarks/first_token.py --virtual 20 100 --lengths 8 64 --rounds 15
 """
@@ -61,8 +61,8 @@ def ways(base: Path, folder: Path, program: peftc.Program) -> dict[str, Answer]:
     }
 
 
-def times(found: Mapping[str, Answer], ids: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each way, taking turns."""
+def times(found: Mapping[str, Answer], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each way, taking turns."""
     seen: dict[str, list[float]] = {name: [] for name in found}
     for number in range(rounds + 2):  # two to warm up
         for name, answer in found.items():
@@ -70,7 +70,7 @@ def times(found: Mapping[str, Answer], ids: torch.Tensor, rounds: int) -> dict[s
             answer(ids)
             if number > 1:
                 seen[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in seen.items()}
+    return seen
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     base = given.model or demo_checkpoint("float32")
     print(
-        f"{base.name}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch 1, ms to "
-        f"the first token, medians of {given.rounds} rounds\n\n"
+        f"{base.name}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch 1, "
+        f"ms to the first token, medians of {given.rounds} rounds\n\n"
         "| method | virtual tokens | text | base | from cache | virtual tokens run | PEFT | "
         "cache ÷ base | run ÷ base | PEFT ÷ base |\n|---|---|---|---|---|---|---|---|---|---|"
     )
@@ -98,9 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     ids = torch.randint(4, 1000, (1, length))
                     want = found["virtual"](ids)
                     assert torch.equal(found["cache"](ids), want), "another first token"
-                    t = times(found, ids, given.rounds)
-                    ratios = (f"{t[name] / t['base']:.2f}" for name in ("cache", "virtual", "PEFT"))
-                    cells = *(f"{ms:.1f}" for ms in t.values()), *ratios
+                    ms = times(found, ids, given.rounds)
+                    cells = [f"{statistics.median(own):.1f}" for own in ms.values()]
+                    for name in ("cache", "virtual", "PEFT"):
+                        turns = zip(ms[name], ms["base"], strict=True)
+                        cells.append(f"{statistics.median(own / base for own, base in turns):.2f}")
                     print(f"| {method} | {count} | {length} | {' | '.join(cells)} |", flush=True)
 
 

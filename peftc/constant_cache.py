@@ -110,8 +110,7 @@ class ConstantCache:
         cache = DynamicCache(config=model.config) if cache is None else cache
         for i, pair in enumerate(self.layers):
             key, value = (
-                tensor.to(device, dtype).expand(batch * copies, -1, -1, -1)
-                for tensor in pair
+                tensor.to(device, dtype).expand(batch * copies, -1, -1, -1) for tensor in pair
             )
             cache.update(key, value, i)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
