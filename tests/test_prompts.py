@@ -19,6 +19,7 @@ from peftc import (
     materialize,
     to_peft,
 )
+from peftc.errors import PassError
 
 from .conftest import MakeCheckpoint, auto, distance
 from .prompting import (
@@ -94,6 +95,21 @@ def test_peft_fails_where_peftc_generates_with_a_static_cache(llama: Path, tmp_p
     theirs = prompted(llama, tmp_path)
     with pytest.raises(Exception):  # noqa: B017  # what it says is no one's promise
         generated(theirs, batch("left"), cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "bart"])
+def test_text_is_refused_when_it_leaves_no_positions(name: str, model: MakeModel) -> None:
+    live: Any = materialize(injected(model(name), PromptTuning(virtual_tokens=N)))
+    room = (62 if name == "roberta" else 64) - N  # two of RoBERTa's positions are no token's
+    ids = torch.full((1, room + 1), 3)
+    more = {"decoder_input_ids": ids[:, :2]} if name == "bart" else {}
+    assert live(input_ids=ids[:, 1:], **more)[0].isfinite().all()
+    jobs: list[Any] = [lambda: live(input_ids=ids, **more)]
+    if name in ("gpt2", "opt"):
+        jobs.append(lambda: generated(live, {"input_ids": ids[:, 2:]}, eos_token_id=None))
+    for job in jobs:
+        with pytest.raises(PassError, match=f"{room + 1} tokens and 5 virtual ones are more than"):
+            job()
 
 
 def test_lengths_mean_what_the_caller_means(ours: Any) -> None:
