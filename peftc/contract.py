@@ -112,6 +112,7 @@ class Method(Targets, Pass):
 
     Attributes:
         peft_type: PEFT's name of it; None where PEFT has no such method.
+        peft_kin: PEFT's names of other methods whose trained adapters are adapters of this one.
         peft_fields: PEFT's name of each option, by which its config is read and written.
         peft_defaults: What PEFT takes where a config leaves a key out.
         peft_neutral: Keys of its config that do not change what a trained adapter computes.
@@ -126,6 +127,7 @@ class Method(Targets, Pass):
 
     effect: ClassVar[Effect] = Effect.IDENTITY
     peft_type: ClassVar[str | None] = None
+    peft_kin: ClassVar[frozenset[str]] = frozenset()
     peft_fields: ClassVar[Mapping[str, str]] = {}
     peft_defaults: ClassVar[Mapping[str, Any]] = {}
     peft_neutral: ClassVar[frozenset[str]] = frozenset()
@@ -155,7 +157,7 @@ class Method(Targets, Pass):
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Whether this is the method of an adapter_config.json."""
-        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
+        return config.get("peft_type") in {cls.peft_type, *cls.peft_kin} - {None}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
