@@ -293,10 +293,10 @@ def test_damaged_file_is_refused(
 
 def test_unknown_option_of_the_config_is_refused(llama: Path, tmp_path: Path) -> None:
     prompted(llama, tmp_path)
-    edit(tmp_path / "adapter_config.json", num_ranks=3)
+    edit(tmp_path / "adapter_config.json", num_prompts=3)
     with pytest.raises(AdapterError) as caught:
         attached(llama, tmp_path)
-    assert "num_ranks" in str(caught.value)
+    assert "num_prompts" in str(caught.value)
 
 
 def test_last_token_of_a_class_is_found_by_the_ids(tmp_path: Path) -> None:

@@ -49,8 +49,11 @@ def test_output_equals_pefts(
 ) -> None:
     base, inputs = checkpoint(), batch(padding)
     theirs = saved(name, base, tmp_path / "theirs")
-    asked = {"multitask": {"task_ids": torch.tensor([0, 0])}, "CPT": {"labels": None}}
-    more: dict[str, Any] = asked.get(name, {})
+    asked: dict[str, dict[str, Any]] = {
+        "multitask": {"task_ids": torch.tensor([0, 0])},
+        "CPT": {"labels": None},
+    }
+    more = asked.get(name, {})
     program = attached(base, tmp_path / "theirs")
     ours: Any = materialize(program)
     with torch.no_grad():
