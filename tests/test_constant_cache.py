@@ -17,13 +17,16 @@ from torch import nn
 from peftc import (
     ConstantCache,
     Lora,
+    Nf4,
     Pass,
     PeftcError,
     PrefixTuning,
     Program,
     PromptTuning,
+    PTuning,
     absorb,
     apply,
+    capture,
     export,
     materialize,
     to_cache,
@@ -41,6 +44,7 @@ PREFIX = PrefixTuning(virtual_tokens=N, adapter="p")
 VIRTUAL: dict[str, Pass] = {
     "prompt": PROMPT,
     "by-mask": PromptTuning(virtual_tokens=N, positions="mask"),
+    "p-tuning": PTuning(virtual_tokens=N, encoder="LSTM", hidden=8),
     "prefix": PREFIX,
     "perceptron": PrefixTuning(virtual_tokens=N, projection=True),
 }
@@ -113,6 +117,27 @@ def test_cache_is_shipped_with_merged_weights(virtual: Pass, llama: Path, tmp_pa
         assert distance(plain(**cache.before(plain, **inputs)).logits, want) <= 1e-5
         assert distance(auto(llama)(**inputs).logits, want) > 1e-2
     assert torch.equal(generated(plain, cache.before(plain, **inputs)), generated(live, inputs))
+
+
+def test_cache_is_shipped_with_a_merged_base_in_four_bits(llama: Path, tmp_path: Path) -> None:
+    apply(llama, [Nf4(block_size=32)], tmp_path / "base")
+    program = with_lora(tmp_path / "base" / "base", PREFIX)
+    for name in program.adapters:
+        to_peft(program, tmp_path / name, adapter=name)
+    adapters = [(str(tmp_path / name), 1.0) for name in program.adapters]
+    for then in ("none", "nf4"):
+        out = export(
+            tmp_path / "base" / "base", tmp_path / then, merge=True, then=then, force=True,
+            adapters=adapters, format="cache",
+        )  # fmt: skip
+        assert out.manifest["merge"]["then"] == then
+        plain = materialize(capture(out.path))
+        cache, inputs = ConstantCache.open(out.path), batch("left")
+        with torch.no_grad():
+            want = materialize(program)(**inputs).logits[:, -9:]
+            got = plain(**cache.before(plain, **inputs)).logits
+        assert distance(got, want) <= (1e-5 if then == "none" else 0.5)
+        verify(out.path)
 
 
 @pytest.mark.parametrize("merge", [False, True])
