@@ -32,12 +32,15 @@ class PrefixTuning(Method):
 
     effect: ClassVar[Effect] = Effect.CHANGES
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    peft_kin: ClassVar[frozenset[str]] = frozenset(
+        {"CARTRIDGE"}
+    )  # trained but for its first tokens
     prefixed: ClassVar[bool] = True
     peft_fields: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "virtual_tokens"}
     # Its file holds what the perceptron made; the shapes are compared with the model's.
     peft_neutral: ClassVar[frozenset[str]] = frozenset({
         "prefix_projection", "encoder_hidden_size", "init_weights", "num_transformer_submodules",
-        "num_layers", "num_attention_heads", "token_dim",
+        "num_layers", "num_attention_heads", "token_dim", "num_frozen_tokens",
     })  # fmt: skip
 
     virtual_tokens: int = Field(20, gt=0, description="how many virtual tokens there are")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peftc.api import apply, export, load, verify
     from peftc.artifact import Artifact
     from peftc.capturing import capture
+    from peftc.constant_cache import ConstantCache
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
     from peftc.exporters.to_adapterhub import to_adapterhub
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
     from peftc.passes.starts import restore_base
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
-    from peftc.prefixes import prefix_cache
     from peftc.program import Program
-    from peftc.prompt_cache import PromptCache
     from peftc.recipe import Recipe
     from peftc.switching import Adapters
 
@@ -41,6 +40,7 @@ _HOMES = {
     "api": ("apply", "export", "load", "verify"),
     "artifact": ("Artifact",),
     "capturing": ("capture",),
+    "constant_cache": ("ConstantCache",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
     "exporters.to_adapterhub": ("to_adapterhub",),
@@ -58,9 +58,7 @@ _HOMES = {
     "passes.starts": ("restore_base",),
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
-    "prefixes": ("prefix_cache",),
     "program": ("Program",),
-    "prompt_cache": ("PromptCache",),
     "recipe": ("Recipe",),
     "switching": ("Adapters",),
 }
@@ -68,11 +66,11 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapters", "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method",
-    "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe",
-    "SiteAnalysis", "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load",
-    "materialize", "optimizer_groups", "prefix_cache", "restore_base", "to_adapterhub", "to_cache",
-    "to_peft", "to_safetensors", "together", "verify",
+    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Fold", "Lora", "Merge",
+    "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis",
+    "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
+    "optimizer_groups", "restore_base", "to_adapterhub", "to_cache", "to_peft", "to_safetensors",
+    "together", "verify",
 ]  # fmt: skip
 
 

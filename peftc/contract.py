@@ -113,6 +113,7 @@ class Method(Targets, Pass):
     Attributes:
         peft_type: PEFT's name of it, or ours where PEFT has no such method; None where its files
             are not PEFT's.
+        peft_kin: PEFT's names of other methods whose trained adapters are adapters of this one.
         peft_fields: PEFT's name of each option, by which its config is read and written.
         peft_defaults: What PEFT takes where a config leaves a key out.
         peft_neutral: Keys of its config that do not change what a trained adapter computes.
@@ -127,6 +128,7 @@ class Method(Targets, Pass):
 
     effect: ClassVar[Effect] = Effect.IDENTITY
     peft_type: ClassVar[str | None] = None
+    peft_kin: ClassVar[frozenset[str]] = frozenset()
     peft_fields: ClassVar[Mapping[str, str]] = {}
     peft_defaults: ClassVar[Mapping[str, Any]] = {}
     peft_neutral: ClassVar[frozenset[str]] = frozenset()
@@ -156,7 +158,7 @@ class Method(Targets, Pass):
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Whether this is the method of an adapter_config.json."""
-        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
+        return config.get("peft_type") in {cls.peft_type, *cls.peft_kin} - {None}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:

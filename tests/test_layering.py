@@ -20,7 +20,7 @@ ORDER = [
     "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "mixing",
     "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing",
     "structure", "storage", "artifact", "early", "link", "fusing", "functions", "surrounding",
-    "live", "switching", "virtual", "prompt_cache", "prefixes", "optimizer_groups", "witness",
+    "live", "switching", "virtual", "constant_cache", "prefixes", "optimizer_groups", "witness",
     "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe",
     "merging", "api", "terminal", "inspection", "analysis_view", "demo_model", "demo",
     "cli_options", "cli", "__main__",
