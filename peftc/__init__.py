@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peftc.artifact import Artifact
     from peftc.callbacks import callback, schedule
     from peftc.capturing import capture
+    from peftc.constant_cache import ConstantCache
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
     from peftc.evaluation import Scores, score
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
+    from peftc.mixing import together
     from peftc.optimizer_groups import optimizer_groups
     from peftc.passes.attach import Attach
     from peftc.passes.combine import Combine
@@ -31,10 +33,9 @@ if TYPE_CHECKING:
     from peftc.passes.starts import restore_base
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
-    from peftc.prefixes import prefix_cache
     from peftc.program import Program
-    from peftc.prompt_cache import PromptCache
     from peftc.recipe import Recipe
+    from peftc.switching import Adapters
     from peftc.training import tune
     from peftc.tuning import Evaluation, Tuning
 
@@ -44,6 +45,7 @@ _HOMES = {
     "artifact": ("Artifact",),
     "callbacks": ("callback", "schedule"),
     "capturing": ("capture",),
+    "constant_cache": ("ConstantCache",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
     "evaluation": ("Scores", "score"),
@@ -52,6 +54,7 @@ _HOMES = {
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
+    "mixing": ("together",),
     "optimizer_groups": ("optimizer_groups",),
     "passes.attach": ("Attach",),
     "passes.combine": ("Combine",),
@@ -61,10 +64,9 @@ _HOMES = {
     "passes.starts": ("restore_base",),
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
-    "prefixes": ("prefix_cache",),
     "program": ("Program",),
-    "prompt_cache": ("PromptCache",),
     "recipe": ("Recipe",),
+    "switching": ("Adapters",),
     "training": ("tune",),
     "tuning": ("Evaluation", "Tuning"),
 }
@@ -72,11 +74,11 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Artifact", "Attach", "Combine", "Effect", "Evaluation", "Fold", "Lora", "Merge", "Method",
-    "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "Scores",
-    "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback", "capture",
-    "export", "load", "materialize", "optimizer_groups", "prefix_cache", "restore_base", "schedule",
-    "score", "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "tune", "verify",
+    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
+    "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
+    "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
+    "capture", "export", "load", "materialize", "optimizer_groups", "restore_base", "schedule",
+    "score", "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "together", "tune", "verify",
 ]  # fmt: skip
 
 
