@@ -181,7 +181,7 @@ def peft_run(adapter: str, base: str, train: str) -> None:
 
 def killed(folder: Path, base: Path, train: Path) -> None:
     """A run killed behind step 30, begun again, and one that was not."""
-    how = ["--data", train, "--steps", 36, *COMMON, "--save-steps", 10, "--batch-size", BATCH]
+    how = ["--data", train, "--steps", 36, *COMMON, "--save-steps", 10, "--batch-size", 1]
     method = ["lora", "--rank", 16, "--dropout", 0.1]
     peftc("tune", base, "-o", folder / "unbroken", *how, *method)
     metrics = folder / ".broken.peftc-training" / "metrics.jsonl"

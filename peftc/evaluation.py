@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from peftc.pipeline import Pipeline
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.scoring import perplexity, token_loss
-from peftc.sources import limit_of, tokenizer_of
+from peftc.sources import limit_of, pad_of, tokenizer_of
 from peftc.token_rows import collate, token_rows
 from peftc.tuning import Evaluation
 
@@ -84,41 +84,37 @@ def score(
     needed = ["sacrebleu", "rouge_score"] if evaluation.generate else []
     raise_all(lacking("--generate", "train", *needed))
     found = []
-    for name, make in _models(sources, evaluation):
+    for name, program in _models(sources, evaluation):
         progress.stage(f"evaluate {name}")
-        found.append(_score(name, make(), evaluation))
+        found.append(_score(name, program, evaluation))
         gc.collect()  # before the next one is loaded
     return found
 
 
-def _models(
-    sources: Sequence[str | Path], evaluation: Evaluation
-) -> Iterator[tuple[str, Callable[[], Program]]]:
+def _models(sources: Sequence[str | Path], evaluation: Evaluation) -> Iterator[tuple[str, Program]]:
     for source in sources:
         program = load(source)
         carries = bool(program.adapters) and evaluation.compare
         if carries:
             base: Any = program.source
-            yield f"{source}, before", partial(capture, base.checkpoint.path)
-        yield str(source), partial(load, source)
+            yield f"{source}, before", capture(base.checkpoint.path)
+        yield str(source), program
         if carries:
-            yield f"{source}, merged", partial(Pipeline([Merge()]).run, program)
+            yield f"{source}, merged", Pipeline([Merge()]).run(program)
 
 
 def _score(name: str, program: Program, evaluation: Evaluation) -> Scores:
     tokenizer = tokenizer_of(program)
     examples = read_examples(evaluation, evaluation.data, tokenizer)[: evaluation.limit]
     rows = token_rows(examples, evaluation, tokenizer, limit_of(program, tokenizer))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_of(tokenizer)
     gpu = evaluation.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     reset_peak()
     dtype = None if evaluation.dtype == "auto" else getattr(torch, evaluation.dtype)
     model = materialize(program, device, dtype)
     began = time.perf_counter()
-    total, count = token_loss(
-        model, rows, evaluation.batch_size, partial(collate, pad=pad or 0), device
-    )
+    total, count = token_loss(model, rows, evaluation.batch_size, partial(collate, pad=pad), device)
     read = time.perf_counter() - began
     written: list[str] = []
     wanted, write_ms = list[str](), None
@@ -132,7 +128,7 @@ def _score(name: str, program: Program, evaluation: Evaluation) -> Scores:
         began = time.perf_counter()
         chosen = questions[: evaluation.generate]
         whole = examples[0].whole
-        written, number = _write(model, tokenizer, chosen, whole, evaluation, pad or 0, device)
+        written, number = _write(model, tokenizer, chosen, whole, evaluation, pad, device)
         write_ms = 1e3 * (time.perf_counter() - began) / max(1, number)
         wanted = [_plain(tokenizer, answer) for _, answer in chosen]
     return Scores(

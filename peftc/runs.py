@@ -140,18 +140,18 @@ class Run:
 
 
 @contextmanager
-def working(target: Path, alone: bool) -> Iterator[Run]:
+def working(target: Path, claim: bool) -> Iterator[Run]:
     """The working directory of a target, `.NAME.peftc-training` beside it.
 
     Args:
         target: The artifact's directory.
-        alone: Claim it; of several processes only one does.
+        claim: Make and lock it; of several processes only one does.
 
     Raises:
         ArtifactError: It cannot be made, or another run is training there.
     """
     target = target.absolute()
-    if not alone:
+    if not claim:
         yield Run(target.parent / f".{target.name}.peftc-{PURPOSE}")
         return
     with claimed(target, PURPOSE, kept=True) as root:

@@ -37,3 +37,9 @@ def limit_of(program: Program, tokenizer: Any) -> int:
     known = (text.get(name) for name in ("max_position_embeddings", "n_positions"))
     numbers = [n for n in (*known, tokenizer.model_max_length) if isinstance(n, int)]
     return min([*numbers, LONGEST])
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that fills rows up; what it is does not matter, for nothing attends to it."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)

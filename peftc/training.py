@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
 from peftc.api import load, write_applied
 from peftc.artifact import Artifact, obstacles
+from peftc.callbacks import callback
 from peftc.contract import Pass
 from peftc.curve import draw
 from peftc.errors import DataError, Interrupted, PeftcError, TrainingError, raise_all
@@ -34,8 +36,9 @@ from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.runs import METRICS, SETTINGS, Run, best_of, step_of, working
 from peftc.scoring import perplexity
-from peftc.sources import limit_of, tokenizer_of
+from peftc.sources import limit_of, pad_of, tokenizer_of
 from peftc.token_rows import Rows, check_packing, collate, token_rows
+from peftc.tuner import Tuner, Watch
 from peftc.tuning import ON_GPU, OPTIMIZERS, Tuning
 
 FIGURES = "training/"  # in the artifact
@@ -83,41 +86,63 @@ def tune(
     # The adapter, and in each checkpoint that and AdamW's two moments.
     need = sum(sizes) * (1 + 3 * (tuning.keep + 1))
     need += sum(shard.size for shard in plan(program)) if program.rewritten else 0
-    alone = int(os.environ.get("RANK", "0")) == 0
-    if alone:
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
         raise_all(obstacles(target, need, folders(program), overwrite))
     tokenizer = tokenizer_of(program)
     progress.stage("read the examples")
     rows, held = _data(tuning, program, tokenizer)
-    micro, accumulated = _batches(tuning, len(rows))
     what = {
         "settings": tuning.model_dump(exclude={"data", "eval_data"}),
         "model": program.fingerprint,
         "data": [rows.digest, held.digest if held else None],
     }
-    with working(target, alone) as run:
-        if alone:
+    job = _Job(program, tuning, rows, held, *_batches(tuning, len(rows)), pad_of(tokenizer))
+    with working(target, claim=first) as run:
+        if first:
             run.begin(what, restart)
         progress.stage("load the model")
         dtype = None if tuning.dtype == "auto" else getattr(torch, tuning.dtype)
-        model = materialize(program, dtype=dtype)
-        figures = _train(program, model, tuning, run, rows, held, micro, accumulated, tokenizer,
-                         progress)  # fmt: skip
-        state = figures.pop("state")
-        if not alone:
+        figures, state = _train(job, materialize(program, dtype=dtype), run, progress)
+        if not first:
             return Artifact(target, {"training": figures})
         progress.stage("publish")
-        metrics = run.metrics
         files = {FIGURES + METRICS: (run.root / METRICS).read_bytes()}
         if tuning.plot:
-            files[FIGURES + "loss.png"] = draw(metrics)
-        remarks = {"training": {"settings": tuning.model_dump(), **figures}}
+            files[FIGURES + "loss.png"] = draw(run.metrics)
         artifact = write_applied(
-            absorb(program, state), target, files=files, remarks=remarks, overwrite=overwrite,
-            progress=progress,
+            absorb(program, state), target, files=files, overwrite=overwrite, progress=progress,
+            remarks={"training": {"settings": tuning.model_dump(), **figures}},
         )  # fmt: skip
         (run.root / SETTINGS).unlink()  # `working` removes what is not in use
     return artifact
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is trained, on what, and how.
+
+    Attributes:
+        rows: What is learned from.
+        held: What is evaluated on.
+        micro: Rows at once on one device.
+        accumulated: How often gradients are accumulated.
+        pad: The id of the padding.
+    """
+
+    program: Program
+    tuning: Tuning
+    rows: Rows
+    held: Rows | None
+    micro: int
+    accumulated: int
+    pad: int
+
+    @property
+    def steps(self) -> int:
+        """All steps of the optimizer."""
+        per_epoch = len(self.rows) // self.tuning.batch_size
+        return self.tuning.steps or max(1, round(self.tuning.epochs * per_epoch))
 
 
 def _data(tuning: Tuning, program: Program, tokenizer: Any) -> tuple[Rows, Rows | None]:
@@ -218,52 +243,27 @@ def _batches(tuning: Tuning, rows: int) -> tuple[int, int]:
 
 
 def _train(
-    program: Program, model: nn.Module, tuning: Tuning, run: Run, rows: Rows, held: Rows | None,
-    micro: int, accumulated: int, tokenizer: Any, progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """Runs the steps that are left; the figures, and the trained tensors as `state`."""
-    from peftc.callbacks import callback
-    from peftc.tuner import Tuner, Watch
-
-    per_epoch = len(rows) // tuning.batch_size
-    total = tuning.steps or max(1, round(tuning.epochs * per_epoch))
-    live: Any = model
-    live.config.use_cache = False
-    if tuning.gradient_checkpointing:
-        live.gradient_checkpointing_enable({"use_reentrant": False})
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    tuner = Tuner(
-        tuning, run, rows, held,
-        model=model,
-        args=_arguments(tuning, run, micro, accumulated, total, held is not None),
-        data_collator=partial(collate, pad=pad or 0),
-        callbacks=[callback(program)],
-    )  # fmt: skip
-    if tuner.is_fsdp_enabled and tuning.patience:
-        raise TrainingError(
-            "the best checkpoint cannot be taken up where FSDP keeps it in parts",
-            where="--patience", fix="leave it out, and give --steps",
-        )  # fmt: skip
-    watch = Watch(tuner, progress)
-    tuner.add_callback(watch)
-    _quiet(tuner)
-    if rows.packed:
-        check_packing(tuner.model, live.config.get_text_config().vocab_size)
-    tuner.accelerator.wait_for_everyone()
+    job: _Job, model: nn.Module, run: Run, progress: Progress
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Runs the steps that are left; the figures, and what was trained."""
+    tuner, watch = _tuner(job, model, run, progress)
+    tuner.accelerator.wait_for_everyone()  # until the first process has looked at what was left
     start = run.last
-    began = step_of(start) if start else 0
-    tuner.args.eval_on_start = held is not None and start is None
+    tuner.args.eval_on_start = job.held is not None and start is None
+    finished = False
+    if start is not None and not tuner.is_fsdp_enabled:
+        tuner.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+        finished = step_of(start) >= job.steps or watch.exhausted(tuner.state.log_history)
     reset_peak()
-    clock = time.perf_counter()
     watch.listen()
     try:
-        if start and began >= total and not tuner.is_fsdp_enabled:
+        if finished and start is not None:
             tuner.restore(start)  # it was killed between its last step and its publication
         else:
             tuner.train(resume_from_checkpoint=str(start) if start else None)
-            done = {line["step"] for line in tuner.state.log_history if "eval_loss" in line}
-            if held is not None and not watch.stopped and tuner.state.global_step not in done:
-                tuner.evaluate()
+        done = {line["step"] for line in tuner.state.log_history if "eval_loss" in line}
+        if job.held is not None and not watch.stopped and tuner.state.global_step not in done:
+            tuner.evaluate()
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the device's memory is full: {str(error).splitlines()[0]}", where="peftc tune",
@@ -280,20 +280,65 @@ def _train(
             where=str(run.root),
             fix="the same command goes on from there",
         )
-    metrics = run.metrics
-    best = best_of(metrics) if tuning.patience else None
-    if best is not None and best != metrics[-1]["step"]:
+    best = best_of(tuner.state.log_history) if job.tuning.patience else None
+    if best is not None and best != tuner.state.global_step:
         tuner.restore(next(path for path in run.checkpoints if step_of(path) == best))
-    losses = [line["loss"] for line in metrics if "loss" in line]
-    evaluations = [line["eval_loss"] for line in metrics if "eval_loss" in line]
-    last = max((line for line in metrics if "loss" in line), key=lambda line: line["step"])
+    went_on = step_of(start) if start else None
+    return _figures(job, tuner, run, went_on, best), tuner.state_of_all()
+
+
+def _tuner(job: _Job, model: nn.Module, run: Run, progress: Progress) -> tuple[Tuner, Watch]:
+    """The Trainer and its watch."""
+    tuning, live = job.tuning, model
+    config: Any = live.config
+    config.use_cache = False  # a cache would hide packed examples from the mask
+    if tuning.gradient_checkpointing:
+        enable: Any = live.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    tuner = Tuner(
+        tuning, run, job.rows, job.held, model=model, args=_arguments(job, run),
+        data_collator=partial(collate, pad=job.pad), callbacks=[callback(job.program)],
+    )  # fmt: skip
+    errors: list[PeftcError] = []
+    if tuner.is_fsdp_enabled and tuning.patience:
+        errors.append(
+            TrainingError(
+                "the best checkpoint cannot be taken up where FSDP keeps it in parts",
+                where="--patience", fix="leave it out, and give --steps",
+            )
+        )  # fmt: skip
+    launched = tuner.accelerator.mixed_precision
+    if launched != {"none": "no"}.get(tuning.precision, tuning.precision):
+        errors.append(
+            TrainingError(
+                f"is {tuning.precision}, and accelerate was launched with {launched}",
+                where="--precision", fix="say the same to both",
+            )
+        )  # fmt: skip
+    raise_all(errors)
+    for own in (PrinterCallback, ProgressCallback):
+        tuner.remove_callback(own)
+    watch = Watch(tuner, progress)
+    tuner.add_callback(watch)
+    if job.rows.packed:
+        check_packing(tuner.model, config.get_text_config().vocab_size)
+    return tuner, watch
+
+
+def _figures(
+    job: _Job, tuner: Tuner, run: Run, went_on: int | None, best: int | None
+) -> dict[str, Any]:
+    """What a training measured, over all its sessions."""
+    lines = [line for line in run.metrics if "loss" in line]
+    losses = [line["loss"] for line in lines]
+    last = lines[-1]
     figures: dict[str, Any] = {
         "steps": last["step"],
         "epochs": last["epoch"],
-        "examples": sum(len(group) for group in rows.groups),
-        "rows": len(rows),
-        **{name: count for name, count in rows.notes.items() if count},
-        "trained_parameters": sum(t.numel() for t in tuner.trained().values()),
+        "examples": sum(len(group) for group in job.rows.groups),
+        "rows": len(job.rows),
+        **{name: count for name, count in job.rows.notes.items() if count},
+        "trained_parameters": sum(tensor.numel() for tensor in tuner.trained().values()),
         "first_loss": losses[0],
         "last_loss": sum(losses[-10:]) / len(losses[-10:]),
         "tokens": last["tokens"],
@@ -302,32 +347,28 @@ def _train(
         "seconds_per_step": round(last["seconds"] / last["step"], 4),
         "peak_memory": peak(tuner.args.device),
         "processes": tuner.args.world_size,
-        "went_on_at_step": began or None,
-        "this_session": round(time.perf_counter() - clock, 3),
+        "went_on_at_step": went_on,
     }
-    if evaluations:
-        chosen = min(evaluations) if tuning.patience else evaluations[-1]
+    if evaluations := [line["eval_loss"] for line in run.metrics if "eval_loss" in line]:
+        after = min(evaluations[1:]) if best is not None else evaluations[-1]
         figures["evaluation"] = {
             "before": evaluations[0],
-            "after": chosen,
-            "perplexity": [perplexity(evaluations[0]), perplexity(chosen)],
+            "after": after,
+            "perplexity": [perplexity(evaluations[0]), perplexity(after)],
             **({"best_step": best} if best is not None else {}),
         }
-    return {**figures, "state": tuner.state_of_all()}
+    return figures
 
 
-def _arguments(
-    tuning: Tuning, run: Run, micro: int, accumulated: int, total: int, evaluated: bool
-) -> Any:
+def _arguments(job: _Job, run: Run) -> Any:
     """The settings as transformers' Trainer takes them."""
-    from transformers import TrainingArguments
-
+    tuning, total = job.tuning, job.steps
     warmup = tuning.warmup if tuning.warmup >= 1 else math.ceil(tuning.warmup * total)
     cpu = tuning.device == "cpu" or not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(run.root),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulated,
+        per_device_train_batch_size=job.micro,
+        gradient_accumulation_steps=job.accumulated,
         max_steps=total,
         learning_rate=tuning.lr,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(
@@ -342,7 +383,7 @@ def _arguments(
         seed=tuning.seed,
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        eval_strategy="steps" if evaluated and tuning.eval_steps else "no",
+        eval_strategy="steps" if job.held is not None and tuning.eval_steps else "no",
         eval_steps=tuning.eval_steps,
         save_strategy="steps",
         save_steps=tuning.save_steps,
@@ -357,14 +398,6 @@ def _arguments(
         report_to=[],
         disable_tqdm=True,
     )
-
-
-def _quiet(tuner: Any) -> None:
-    """Takes the Trainer's own output away."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    for callback in (PrinterCallback, ProgressCallback):
-        tuner.remove_callback(callback)
 
 
 def raise_lost(error: RuntimeError, run: Run) -> None:

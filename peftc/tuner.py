@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -235,10 +235,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.tuning.patience is None:
             return
-        best = best_of(state.log_history)
-        control.should_save = control.should_save or state.global_step == best
-        worse = sum("eval_loss" in e and e["step"] > (best or 0) for e in state.log_history)
-        if worse >= self.tuning.patience:
+        if state.global_step == best_of(state.log_history):
+            control.should_save = True
+        if self.exhausted(state.log_history):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -252,6 +251,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     @property
     def steps_per_epoch(self) -> int:
         return len(self.tuner.order) // self.tuning.batch_size
+
+    def exhausted(self, metrics: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether patience is: whether as many evaluations as that followed the best."""
+        best = best_of(metrics) or 0
+        worse = sum("eval_loss" in line and line["step"] > best for line in metrics)
+        return self.tuning.patience is not None and worse >= self.tuning.patience
 
     def _asked(self) -> bool:
         """Whether any process was asked to stop; all of them must stop at the same step."""

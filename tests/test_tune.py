@@ -348,7 +348,7 @@ def test_other_settings_do_not_go_on(
 def test_two_runs_do_not_share_a_target(base: Path, data: Path, tmp_path: Path) -> None:
     from peftc.runs import working
 
-    with working(tmp_path / "out", alone=True), pytest.raises(ArtifactError, match="another run"):
+    with working(tmp_path / "out", claim=True), pytest.raises(ArtifactError, match="another run"):
         go(base, data, tmp_path / "out")
 
 
