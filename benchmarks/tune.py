@@ -99,44 +99,67 @@ def losses(folder: Path) -> list[float]:
 
 
 def against_peft(folder: Path, base: Path, train: Path, turns: int) -> None:
-    """Twenty steps each, in turns, from the same start values."""
+    """Twenty steps each, side by side at the same time, from the same start values."""
     fresh = folder / "fresh"
     peftc("apply", base, "-o", fresh, "lora", "--rank", 16)
-    figures: dict[str, list[dict[str, Any]]] = {"peftc": [], "PEFT + Trainer": []}
+    found: dict[str, list[dict[str, Any]]] = {"peftc tune": [], "PEFT + Trainer": []}
     for turn in range(turns):
-        out = folder / f"ours{turn}"
-        begun = time.perf_counter()
-        made: Any = peftc(
-            "tune", fresh, "--data", train, "-o", out, "--steps", 20, *COMMON, "--json",
-            "--batch-size", BATCH,
-        ).result["training"]  # type: ignore[attr-defined]  # fmt: skip
-        lines = [json.loads(x) for x in (out / "training/metrics.jsonl").read_text().splitlines()]
-        stamps = [0.0, *(line["seconds"] for line in lines)]
-        ours = {"losses": losses(out), "step": median(b - a for a, b in pairwise(stamps)),
-                "peak": made["peak_memory"], "all": time.perf_counter() - begun}  # fmt: skip
-        figures["peftc"].append(ours)
-        begun = time.perf_counter()
-        command = [
-            sys.executable,
-            __file__,
-            "--peft",
-            str(fresh / "adapter"),
-            str(base),
-            str(train),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        theirs = json.loads(done.stdout.splitlines()[-1])
-        figures["PEFT + Trainer"].append({**theirs, "all": time.perf_counter() - begun})
-    print("| | s a step (median) | peak memory | whole run |\n|---|---|---|---|")
-    for name, runs in figures.items():
-        step, peak, whole = (min(run[key] for run in runs) for key in ("step", "peak", "all"))
-        print(f"| {name} | {step:.2f} | {peak / 1e6:,.0f} MB | {whole:.0f} s |")
-    pairs = zip(figures["peftc"][0]["losses"], figures["PEFT + Trainer"][0]["losses"], strict=True)
+        children = {
+            name: subprocess.Popen(
+                [sys.executable, __file__, "--child", name, str(fresh), str(base), str(train),
+                 str(folder / f"out{turn}")],
+                stdout=subprocess.PIPE, text=True,
+            )
+            for name in found
+        }  # fmt: skip
+        for name, child in children.items():
+            out, _ = child.communicate()
+            found[name].append(json.loads(out.splitlines()[-1]))
+    print("| | CPU s a step (median) | s a step, beside the other | peak memory |")
+    print("|---|---|---|---|")
+    for name, runs in found.items():
+        cpu, step, peak = (min(run[key] for run in runs) for key in ("cpu", "step", "peak"))
+        print(f"| {name} | {cpu:.2f} | {step:.2f} | {peak / 1e6:,.0f} MB |")
+    pairs = zip(*(runs[0]["losses"] for runs in found.values()), strict=True)
     print(f"largest difference of 20 losses: {max(abs(a - b) for a, b in pairs):.1e}", flush=True)
 
 
-def peft_run(adapter: str, base: str, train: str) -> None:
-    """PEFT and transformers' Trainer on the same rows, as their documentation has it."""
+class Stamps:
+    """The time of each step, on the wall and of the processor."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = list[float](), list[float]()
+
+    def take(self) -> None:
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+    def medians(self) -> dict[str, float]:
+        times = {"step": self.wall, "cpu": self.cpu}
+        return {key: median(b - a for a, b in pairwise(taken)) for key, taken in times.items()}
+
+
+def ours(fresh: str, base: str, train: str, out: str) -> dict[str, Any]:
+    """Twenty steps by `peftc.tune`."""
+    from peftc import Tuning
+    from peftc import tune as run
+    from peftc.progress import Progress
+
+    stamps = Stamps()
+
+    class Timed(Progress):
+        def step(self, done: int, total: int, remark: str) -> None:
+            stamps.take()
+
+    how = Tuning(
+        data=train, steps=20, batch_size=BATCH, lr=5e-4, warmup=5, plot=False, device="cpu"
+    )
+    peak = run(fresh, how, out, progress=Timed()).manifest["training"]["peak_memory"]
+    return {"losses": losses(Path(out)), "peak": peak, **stamps.medians()}
+
+
+def theirs(fresh: str, base: str, train: str, out: str) -> dict[str, Any]:
+    """Twenty steps by PEFT and transformers' Trainer on the same rows, as they document it."""
     from functools import partial
 
     import peft
@@ -154,15 +177,16 @@ def peft_run(adapter: str, base: str, train: str) -> None:
     rows = token_rows(read_examples(how, train, tokenizer), how, tokenizer, 8192)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     model.config.use_cache = False
-    model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    stamps = list[float]()
+    model = peft.PeftModel.from_pretrained(model, f"{fresh}/adapter", is_trainable=True)
+    stamps = Stamps()
 
-    class Theirs(transformers.Trainer):
+    class Trainer(transformers.Trainer):
         def _get_train_sampler(self, *_: Any) -> Order:
             return Order(len(rows), BATCH, 0)
 
         def log(self, logs: dict[str, float], *args: Any) -> None:
-            stamps.append(time.perf_counter())
+            if "loss" in logs:
+                stamps.take()
             super().log(logs, *args)
 
     arguments = transformers.TrainingArguments(
@@ -171,12 +195,11 @@ def peft_run(adapter: str, base: str, train: str) -> None:
         report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = Theirs(model, arguments, partial(collate, pad=2), train_dataset=rows)
+    trainer = Trainer(model, arguments, partial(collate, pad=2), train_dataset=rows)
     reset_peak()
     trainer.train()
     found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    step = median(b - a for a, b in pairwise(stamps[:-1]))
-    print(json.dumps({"losses": found, "step": step, "peak": peak(torch.device("cpu"))}))
+    return {"losses": found, "peak": peak(torch.device("cpu")), **stamps.medians()}
 
 
 def killed(folder: Path, base: Path, train: Path) -> None:
@@ -204,10 +227,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--only", choices=["tune", "peft", "kill"])
     parser.add_argument("--turns", type=int, default=2, help="how often each is run beside PEFT")
-    parser.add_argument("--peft", nargs=3)
+    parser.add_argument("--child", nargs=5)
     given = parser.parse_args()
-    if given.peft:
-        peft_run(*given.peft)
+    if given.child:
+        name, *places = given.child
+        print(json.dumps((ours if name == "peftc tune" else theirs)(*places)))
         return
     base = demo_checkpoint("float32")
     with tempfile.TemporaryDirectory(prefix="peftc-bench-") as place:
