@@ -150,6 +150,27 @@ def test_gradient_checkpointing_changes_no_loss(
     assert losses(again) == pytest.approx(losses(unbroken), abs=1e-5)
 
 
+def test_mixed_precision_and_narrow_weights_come_close(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    lora = [Lora(rank=4)]
+    want = losses(tune(base, tuning(data), tmp_path / "fp32", lora))
+    for name, how in (
+        ("mixed", {"precision": "bf16"}), ("narrow", {"dtype": "bfloat16"}), ("plain", {}),
+    ):  # fmt: skip
+        got = losses(tune(base, tuning(data, **how), tmp_path / name, lora))
+        assert got == pytest.approx(want, rel=1e-2)
+        assert (got == want) == (not how)
+
+
+def test_precision_of_the_launch_is_the_settings(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(TrainingError, match="is none, and accelerate was launched with bf16"):
+        tune(base, tuning(data), tmp_path / "out", [LORA])
+
+
 @pytest.mark.parametrize(
     "steps", [["nf4", "lora"], ["full"], ["dora"], ["prompt_tuning"], ["adalora"]]
 )
