@@ -5,7 +5,7 @@ weights take turns in one run, in fp32 and without gradients. Medians are taken,
 within a turn. PEFT's is missing where it has no such method. Only the last token's logits are asked
 for.
 
-    python benchmarks/adapters.py                                 a random Llama of 7 M weights
+    python benchmarks/adapters.py                                 a random Llama of 3 M weights
     python benchmarks/adapters.py --model SMOLLM2 --sizes 1x128 --rounds 5
 """
 
@@ -176,7 +176,7 @@ SECTIONS: dict[str, Callable[[Job], None]] = {"methods": methods}
 def random_llama(folder: Path) -> Path:
     """A small Llama of random weights."""
     config = transformers.LlamaConfig(
-        hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=1024, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -198,9 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=30, help="at most, of each model")
     parser.add_argument("--seconds", type=float, default=20, help="a method may take at a size")
     parser.add_argument("--model", help="a checkpoint's directory, or SMOLLM2")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", default=[], help="methods with such a name")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="peft|transformers")
