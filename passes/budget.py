@@ -161,7 +161,7 @@ class RankSchedule:
         sizes = torch._foreach_norm(gradients)
         if not torch.stack(sizes).isfinite().all():
             return  # they overflowed, and the gradient scaler skipped the step
-        sensitivity = torch._foreach_mul(self._parameters, gradients)  # type: ignore[arg-type]
+        sensitivity = torch._foreach_mul(self._parameters, gradients)
         torch._foreach_abs_(sensitivity)
         torch._foreach_mul_(self._smooth, self.method.beta1)
         torch._foreach_add_(self._smooth, sensitivity, alpha=1 - self.method.beta1)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peftc.prefixes import prefix_cache
     from peftc.program import Program
     from peftc.prompt_cache import PromptCache
+    from peftc.ranks_view import plot_ranks
     from peftc.recipe import Recipe
 
 _HOMES = {
@@ -60,6 +61,7 @@ _HOMES = {
     "prefixes": ("prefix_cache",),
     "program": ("Program",),
     "prompt_cache": ("PromptCache",),
+    "ranks_view": ("plot_ranks",),
     "recipe": ("Recipe",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -69,7 +71,7 @@ __all__ = [
     "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
     "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "SiteAnalysis",
     "Unmerge", "absorb", "analyse", "apply", "callback", "capture", "export", "load",
-    "materialize", "optimizer_groups", "prefix_cache", "restore_base", "schedule",
+    "materialize", "optimizer_groups", "plot_ranks", "prefix_cache", "restore_base", "schedule",
     "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "verify",
 ]  # fmt: skip
 

@@ -21,8 +21,9 @@ ORDER = [
     "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing", "structure",
     "storage", "artifact", "early", "link", "fusing", "functions", "surrounding", "live", "virtual",
     "prompt_cache", "prefixes", "optimizer_groups", "callbacks", "witness", "proof", "spectra",
-    "analysis", "survival", "kernels", "passes", "exporters", "recipe", "merging", "api", "terminal",
-    "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli", "__main__",
+    "analysis", "survival", "kernels", "passes", "exporters", "recipe", "merging", "api",
+    "terminal", "inspection", "analysis_view", "ranks_view", "demo_model", "demo", "cli_options",
+    "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
@@ -31,7 +32,7 @@ TORCH_FREE = [
     "adapterhub", "passes.bottleneck", "passes.placement",
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
     "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
-    "passes.prompt_tuning", "passes.p_tuning",
+    "passes.prompt_tuning", "passes.p_tuning", "passes.prune_ranks",
     "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
     "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
     "demo_model",
