@@ -125,7 +125,7 @@ class AdaLora(Method):
             fix="raise init_r, or lower target_r; for fixed ranks use lora",
         )
 
-    def _times(self, total: int) -> tuple[int, int, int]:
+    def _phases(self, total: int) -> tuple[int, int, int]:
         """tinit, tfinal and delta_t of a training of so many steps, about as the paper has them."""
         first = total // 10 if self.tinit is None else self.tinit
         final = total // 2 if self.tfinal is None else self.tfinal
@@ -144,7 +144,7 @@ class AdaLora(Method):
             raise self._nothing_to_prune()
         sites = program.adapters[self.adapter].sites
         total = self.total_step or total_steps
-        first, final, every = self._times(total)
+        first, final, every = self._phases(total)
         last = total - final
         if total > total_steps or first >= last:
             raise PassError(
@@ -164,7 +164,7 @@ class AdaLora(Method):
 
     def peft_config(self) -> dict[str, Any]:
         # PEFT takes no config without a length: one too short for anything stands for none.
-        first, final, every = self._times(self.total_step or 0)
+        first, final, every = self._phases(self.total_step or 0)
         return {
             **super().peft_config(),
             "target_r": self.final_r,
