@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peftc.analysis import SiteAnalysis, analyse
     from peftc.api import apply, export, load, verify
     from peftc.artifact import Artifact
-    from peftc.callbacks import callback, schedule
+    from peftc.callbacks import callback
     from peftc.capturing import capture
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from peftc.prompt_cache import PromptCache
     from peftc.ranks_view import plot_ranks
     from peftc.recipe import Recipe
+    from peftc.schedules import schedule
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
     "api": ("apply", "export", "load", "verify"),
     "artifact": ("Artifact",),
-    "callbacks": ("callback", "schedule"),
+    "callbacks": ("callback",),
     "capturing": ("capture",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
@@ -63,6 +64,7 @@ _HOMES = {
     "prompt_cache": ("PromptCache",),
     "ranks_view": ("plot_ranks",),
     "recipe": ("Recipe",),
+    "schedules": ("schedule",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftc.callbacks import schedule
 from peftc.errors import CaptureError, PeftcError, did_you_mean
 from peftc.live import hollow
 from peftc.program import Program
 from peftc.roles import example_inputs, takes
+from peftc.schedules import schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Numbers that an optimizer keeps for each one that it trains.

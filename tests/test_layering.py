@@ -20,10 +20,10 @@ ORDER = [
     "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
     "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing", "structure",
     "storage", "artifact", "early", "link", "fusing", "functions", "surrounding", "live", "virtual",
-    "prompt_cache", "prefixes", "optimizer_groups", "callbacks", "footprint", "witness", "proof",
-    "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe", "merging", "api",
-    "terminal", "inspection", "analysis_view", "ranks_view", "planning", "demo_model", "demo",
-    "cli_options", "cli", "__main__",
+    "prompt_cache", "prefixes", "optimizer_groups", "schedules", "callbacks", "footprint",
+    "witness", "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters",
+    "recipe", "merging", "api", "terminal", "inspection", "analysis_view", "ranks_view", "planning",
+    "demo_model", "demo", "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
