@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 import click
 
 from peftc import __version__, registry
-from peftc.cli_options import Bytes, PassGroup, adapters, describe
+from peftc.cli_options import PassGroup, adapters, describe
+from peftc.cli_options import common as _common
+from peftc.cli_options import needed as _needed
+from peftc.cli_options import output as _output
+from peftc.cli_plan import plan
 from peftc.errors import PeftcError, located, raise_all
 from peftc.terminal import Terminal, hush
 
-DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 PROOFS = click.Choice(["auto", "sites", "whole"])
 
 
@@ -28,26 +31,7 @@ def cli() -> None:
     """
 
 
-def _common(command: Callable[..., Any]) -> Callable[..., Any]:
-    quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
-    as_json = click.option("--json", "as_json", is_flag=True, help="Data on stdout as JSON.")
-    return quiet(as_json(command))
-
-
-def _output(command: Callable[..., Any]) -> Callable[..., Any]:
-    out = click.option(
-        "-o", "--output", "target", type=click.Path(path_type=Path), help="Directory to write."
-    )
-    overwrite = click.option(
-        "--overwrite", is_flag=True, help="Replace an artifact that peftc wrote there."
-    )
-    return out(overwrite(command))
-
-
-def _needed(target: Path | None) -> Path:
-    if target is None:
-        raise click.UsageError("Missing option '-o' / '--output'.")
-    return target
+cli.add_command(plan)
 
 
 @cli.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="PASS...")
@@ -278,52 +262,6 @@ def _show_pruning(
         ranks_view.plot_ranks({one.site: one.left for one in found}, plot)
         terminal.wrote(plot)
     ranks_view.show(found, total_error(found), terminal)
-
-
-@cli.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="[PASS...]")
-@click.argument("src")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Examples.")
-@click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens.")
-@click.option("--dtype", type=DTYPES, help="Of the base's weights; default: the checkpoint's own.")
-@click.option("--mixed", type=DTYPES, help="What autocast computes in.")
-@click.option("--checkpointing", is_flag=True, help="Compute activations again for gradients.")
-@click.option("--optimizer", default="adamw", show_default=True, help="adamw, adamw_8bit, sgd …")
-@click.option("--memory", type=Bytes(), help="What there is, such as 24GB: say what fits, and why.")
-@click.option("--probe", is_flag=True, help="Take a few steps for their time; needs the memory.")
-@_common
-def plan(**_: Any) -> None:
-    """Show what training SRC takes in memory, before anything runs.
-
-    Nothing is trained, and no weight is read. Without passes, several methods are compared:
-
-    \b
-      peftc plan BASE --batch 4 --length 1024 --memory 24GB     which methods fit, and why
-      peftc plan BASE --batch 4 nf4 lora --rank 64              what one takes
-    """  # noqa: D301
-
-
-@plan.result_callback()
-def _plan(
-    steps: list[tuple[str, Mapping[str, Any]]],
-    src: str,
-    memory: int | None,
-    probe: bool,
-    as_json: bool,
-    quiet: bool,
-    **how: Any,
-) -> None:
-    terminal = Terminal(as_json, quiet)
-    from peftc import planning
-    from peftc.api import load
-    from peftc.footprint import Step
-
-    step = Step(**how)
-    with terminal.progress() as progress:
-        program = load(src, progress)
-        name = " + ".join(title for title, _ in steps) or ", ".join(program.adapters)
-        methods = {name: steps} if name else planning.METHODS
-        found = planning.plan(program, step, methods, memory, probe, progress)
-    planning.show(found, step, memory, terminal)
 
 
 @cli.command()

@@ -23,11 +23,12 @@ ORDER = [
     "prompt_cache", "prefixes", "optimizer_groups", "schedules", "callbacks", "footprint",
     "witness", "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters",
     "recipe", "merging", "api", "terminal", "inspection", "analysis_view", "ranks_view", "planning",
-    "demo_model", "demo", "cli_options", "cli", "__main__",
+    "demo_model", "demo", "cli_options", "cli_plan", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
-    "recipe", "artifact", "early", "terminal", "inspection", "cli_options", "cli", "passes.lora",
+    "recipe", "artifact", "early", "terminal", "inspection", "cli_options", "cli_plan", "cli",
+    "passes.lora",
     "passes.dora", "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit",
     "adapterhub", "passes.bottleneck", "passes.placement",
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
