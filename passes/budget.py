@@ -71,6 +71,14 @@ class RankSchedule:
         self, method: AdaLora, model: nn.Module, sites: Sequence[str], budget: Budget
     ) -> None:
         self.method, self.sites, self.budget = method, list(sites), budget
+        if any(
+            "_fsdp_" in name or hasattr(p, "placements") for name, p in model.named_parameters()
+        ):
+            raise PassError(
+                "the model's parameters are sharded, and a rank's importance needs all of its own",
+                where=f"adapter {method.adapter}",
+                fix="train with data parallelism alone, or use lora and prune_ranks afterwards",
+            )
         known = {
             name.removeprefix("module.").replace("_orig_mod.", ""): parameter
             for name, parameter in model.named_parameters()

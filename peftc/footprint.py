@@ -94,6 +94,12 @@ def footprint(program: Program, step: Step) -> Footprint:
             where="optimizer",
             fix=did_you_mean(step.optimizer, STATES),
         )
+    if program.context is not None and step.length > program.context:
+        raise PeftcError(
+            f"the model has {program.context} positions, and {step.length} tokens are planned",
+            where="length",
+            fix=f"plan for at most {program.context}",
+        )
     try:
         mode = FakeTensorMode()
         model = hollow(program, mode, DTYPES[step.dtype] if step.dtype else None)

@@ -97,8 +97,11 @@ def plan(
             continue
         verdict = _verdict(name, passes, ready, step, memory)
         if probe and verdict.fits is not False:
-            seconds, measured = _probe(ready, verdict.step)
-            verdict = replace(verdict, seconds=seconds, measured=measured)
+            try:
+                seconds, measured = _probe(ready, verdict.step)
+                verdict = replace(verdict, seconds=seconds, measured=measured)
+            except torch.OutOfMemoryError as error:
+                verdict = replace(verdict, fits=False, reason=f"the probe failed: {error}")
         found.append(verdict)
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -21,9 +24,11 @@ from peftc.passes.adalora import AdaLora
 from peftc.passes.budget import Budget, RankSchedule
 from peftc.passes.nf4 import Nf4
 from tests.conftest import MakeCheckpoint, auto, distance, logits, with_peft
+from tests.helpers import alone
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 12
+WORLD = (("WORLD_SIZE", "1"), ("RANK", "0"))
 SHORT: dict[str, Any] = {"init_r": 6, "target_r": 3, "targets": "all-linear"}
 IDS = torch.randint(0, 97, (4, 12), generator=torch.Generator().manual_seed(1))
 
@@ -195,6 +200,8 @@ def test_step_without_gradients_or_begun_late_is_refused(checkpoint: MakeCheckpo
         scheduled(program, model).step(model, 11)
     with pytest.raises(PassError, match="lacks 42 tensors"):
         scheduled(program, nn.Linear(2, 2))
+    with pytest.raises(PassError, match="sharded"):
+        scheduled(program, nn.ModuleDict({"_fsdp_wrapped_module": nn.Linear(2, 2)}))
 
 
 def test_options_left_to_the_training_survive_peft_s_config(
@@ -230,6 +237,33 @@ def trainer(program: Program, folder: Path, **options: Any) -> Trainer:
     )  # fmt: skip
     model = materialize(program)
     return Trainer(model, arguments, train_dataset=Rows(), callbacks=[peftc.callback(program)])
+
+
+def main(base: str, out: str) -> None:
+    """One of several processes that train together; each keeps what it ends with."""
+    program = make(Path(base))
+    world, rank = (int(os.environ.get(name, default)) for name, default in WORLD)
+    several = {"ddp_backend": "gloo"} if world > 1 else {}
+    run = trainer(program, Path(out), batch=4 // world, save_strategy="no", **several)
+    run.train()
+    save_file(trained(run), Path(out) / f"{rank}-of-{world}.safetensors")
+
+
+def test_two_processes_end_as_one_does(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    main(str(checkpoint("llama")), str(tmp_path))
+    ran = alone(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m",
+        "tests.test_adalora", checkpoint("llama"), tmp_path, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err[-2000:]
+    whole, first, second = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+        assert torch.allclose(tensor, whole[name], atol=1e-4)
+        if "lora_E" in name:
+            assert torch.equal(tensor == 0, whole[name] == 0), "the same ranks are left"
 
 
 def trained(run: Trainer) -> dict[str, torch.Tensor]:
@@ -291,3 +325,7 @@ def test_state_of_another_adapter_is_refused(checkpoint: MakeCheckpoint, tmp_pat
         scheduled(other, materialize(other)).load_state_dict(state)
     with pytest.raises(AdapterError, match="not the state"):
         fresh.load_state_dict({n: t for n, t in state.items() if "q_proj.kept" not in n})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import peftc
 from peftc import Lora, Merge, Method, Pipeline, Program, capture, materialize
+from peftc.cli import cli
 from peftc.constants import Held
 from peftc.deltas import deltas
 from peftc.errors import PassError, PeftcError
@@ -23,7 +26,6 @@ from peftc.passes.ia3 import Ia3
 from peftc.passes.prune_ranks import PruneRanks, total_error
 
 from .conftest import MakeAdapter, MakeCheckpoint, distance, logits, with_peft
-from .helpers import alone as run_alone
 from .test_canonical import engine_rules
 from .test_combine import Crooked, Gated, carrying, few, lora, mixture, run, trained
 
@@ -188,17 +190,13 @@ def test_inspect_shows_the_error_before_the_pass_makes_it(
 ) -> None:
     base = checkpoint("llama")
     path, png = adapter(base), tmp_path / "ranks.png"
-    shown = run_alone(
-        "-m", "peftc", "inspect", path, "--prune", 20, "--json", "-q", "--plot", png
-    )  # fmt: skip
-    assert shown.code == 0, shown.err
+    look = ["inspect", str(path), "--prune", "20", "--json", "-q", "--plot", str(png)]
+    found = json.loads(CliRunner().invoke(cli, look).stdout)
     assert png.read_bytes()[:4] == b"\x89PNG"
-    found = shown.data
     assert (found["ranks"], found["left"]) == (4 * 14, 20)
-    done = run_alone("-m", "peftc", "apply", path, "-o", tmp_path / "out", "--json",
-                     "prune_ranks", "--budget", 20)  # fmt: skip
-    assert done.code == 0, done.err
-    errors = done.data["journal"][-1]["measured"]["pruning_error"]
+    do = ["apply", str(path), "-o", str(tmp_path / "out"), "--json", "-q"]
+    done = json.loads(CliRunner().invoke(cli, [*do, "prune_ranks", "--budget", "20"]).stdout)
+    errors = done["journal"][-1]["measured"]["pruning_error"]
     assert {one["site"]: one["error"] for one in found["sites"]} == errors
     want = logits(materialize(peftc.load(tmp_path / "out")))
     assert distance(logits(with_peft(base, tmp_path / "out" / "adapter")), want) < 1e-5
