@@ -105,21 +105,20 @@ class RankSchedule:
 
     def loss(self, model: nn.Module) -> Tensor | None:
         """The weight times the mean over all A and B of ‖A·Aᵀ − I‖_F and ‖Bᵀ·B − I‖_F."""
+        weight = self.method.orth_reg_weight
+        if weight == 0:
+            return None
         matrices = [*self._of("lora_A"), *(b.t() for b in self._of("lora_B"))]
         alike: dict[torch.Size, list[Tensor]] = {}  # few large products in the place of many small
         for matrix in matrices:
             alike.setdefault(matrix.shape, []).append(matrix)
-        total: Tensor | None = None
-        if self.method.orth_reg_weight == 0:
-            return total
+        norms = []
         with torch.autocast(matrices[0].device.type, enabled=False):
             for shape, group in alike.items():
                 stack = torch.stack(group)
                 off = stack @ stack.mT - torch.eye(shape[0], device=stack.device)
-                norms = torch.linalg.matrix_norm(off).sum()
-                total = norms if total is None else total + norms
-        assert total is not None
-        return total * (self.method.orth_reg_weight / len(matrices))
+                norms.append(torch.linalg.matrix_norm(off))
+        return torch.cat(norms).mean() * weight
 
     @torch.no_grad()
     def step(self, model: nn.Module, number: int) -> None:

@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Numbers that an optimizer keeps for each one that it trains.
 STATES = {"adamw": 2, "adamw_8bit": 2, "lion": 1, "adafactor": 0, "sgd": 0, "sgd_momentum": 1}
 _SMALL, _BLOCK = 4096, 256  # bitsandbytes: tensors that stay in fp32, and numbers for each absmax
+_ANY_LENGTH = 10**9  # of a training, on which what a schedule keeps does not depend
 _TEXT_LOSS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration", "TokenClassification")
 
 
@@ -126,7 +127,7 @@ def _measured(program: Program, model: nn.Module, step: Step) -> Footprint:
         meter.watch(tensor)
     mixed = torch.autocast("cpu", DTYPES[step.mixed]) if step.mixed else nullcontext()
     with meter:
-        extra = schedule(program, model, 1000)
+        extra = schedule(program, model, _ANY_LENGTH)
         kept = meter.live
         with mixed:
             loss = loss_of(model.train(), inputs)

@@ -109,8 +109,9 @@ def plan(
 def _with(program: Program, passes: Sequence[Pass], where: str) -> Program:
     """The program after these passes, whose effect on numbers is not looked at: none is read."""
     for pass_ in passes:
-        raise_all(located(pass_.check(program), where))
-        program = pass_.run(program).program
+        for step in (*pass_.needs(program), pass_):
+            raise_all(located(step.check(program), where))
+            program = step.run(program).program
     return program
 
 

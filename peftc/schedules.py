@@ -56,7 +56,7 @@ def schedule(program: Program, model: nn.Module, total_steps: int) -> Schedules:
 
     Args:
         program: What the model was materialized from.
-        model: The live model.
+        model: The live model, on the device that it trains on.
         total_steps: How many steps the optimizer will take.
 
     Raises:

@@ -191,6 +191,18 @@ def test_budget_that_would_prune_nothing_is_refused(checkpoint: MakeCheckpoint) 
         make(checkpoint("llama"), init_r=4, target_r=4)
 
 
+def test_pruned_adapter_trains_on_with_the_ranks_it_has(checkpoint: MakeCheckpoint) -> None:
+    place = "model.layers.0.self_attn.{}_proj"
+    pattern = {place.format("q"): [True, False, True, False], place.format("k"): [False] * 4}
+    program = make(
+        checkpoint("llama"), init_r=4, target_r=3, targets=list(pattern), rank_pattern=pattern
+    )
+    model = materialize(program)
+    schedule = scheduled(program, model)
+    train(model, schedule, adamw(model), *range(1, STEPS + 1))
+    assert schedule.ranks == {place.format("q"): 2, place.format("k"): 0}
+
+
 def test_step_without_gradients_or_begun_late_is_refused(checkpoint: MakeCheckpoint) -> None:
     program = make(checkpoint("llama"))
     model = materialize(program)

@@ -61,7 +61,7 @@ def measured(program: Program, step: Step) -> int:
         checkpoint(model)
     inputs = batch_of(model, step)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    adds = peftc.schedule(program, model, 10)
+    adds = peftc.schedule(program, model, 20_000)
 
     def take(number: int) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=step.mixed is not None):
@@ -95,7 +95,7 @@ CONFIGURATIONS: dict[str, tuple[list[Pass], Step]] = {
     "lora-bf16-base": ([Lora(rank=64, targets="role:query,value")], Step(1, 32, "bfloat16")),
     "full-autocast": ([], Step(1, 32, mixed="bfloat16")),
     "qlora": ([Nf4(double_quant=True), Lora(rank=8, **ALL)], Step(4, 128)),
-    "adalora": ([AdaLora(**ALL)], Step(4, 128)),
+    "adalora": ([AdaLora(total_step=20_000, **ALL)], Step(4, 128)),
     "dora": ([Dora(rank=4, **ALL)], Step(2, 64)),
     "bottleneck": ([Bottleneck()], Step(2, 64)),
     "prompt": ([PromptTuning(virtual_tokens=8)], Step(2, 64)),
