@@ -23,6 +23,8 @@ test: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/first_token.py
 	$(BIN)/python benchmarks/quantize.py
 	$(BIN)/python benchmarks/nf4_linear.py
 	$(BIN)/python benchmarks/nf4_perplexity.py

@@ -2,6 +2,7 @@
 
 import torch
 from tiny import tiny_checkpoint, workplace
+from transformers import AutoModelForCausalLM
 
 import peftc
 
@@ -34,7 +35,10 @@ print("generated", one[0, 16:].tolist(), "- with a static cache the same:", torc
 
 program = peftc.absorb(program, model)
 peftc.to_peft(program, folder / "prompt")  # PEFT loads it: one tensor, prompt_embeddings
-try:
-    peftc.export(folder / "prompt", folder / "merged", merge=True)
-except peftc.PeftcError as error:
-    print(error)
+
+# To serve it, ship what its tokens compute: the plain model goes on from there without them.
+peftc.export(folder / "prompt", folder / "served", merge=True, format="cache")
+plain = AutoModelForCausalLM.from_pretrained(folder / "served").eval()
+cache = peftc.ConstantCache.open(folder / "served")
+again = plain.generate(**cache.before(plain, ids[:1]), max_new_tokens=6, do_sample=False)
+print("from the constant cache the same:", torch.equal(again, one))

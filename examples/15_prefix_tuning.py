@@ -35,10 +35,9 @@ options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_toke
 made = model.generate(ids[:1, :4], cache_implementation="static", **options)
 print("peftc:       ", made[0].tolist())
 
-# Without peftc and PEFT the prefix is a constant cache, behind ten ids that are never read.
+# The plain model of transformers starts from it as constant keys and values.
+peftc.to_cache(program, folder / "cache")
 plain = transformers.AutoModelForCausalLM.from_pretrained(base)
-room = torch.cat([torch.zeros(1, 10, dtype=torch.long), ids[:1, :4]], 1)
-cache = peftc.prefix_cache(folder / "prefix", dtype=plain.dtype)
-seen = torch.ones_like(room)
-again = plain.generate(room, attention_mask=seen, past_key_values=cache, **options)
-print("transformers:", again[0, 10:].tolist())
+cache = peftc.ConstantCache.open(folder / "cache")
+again = plain.generate(**cache.before(plain, ids[:1, :4]), **options)
+print("transformers:", again[0].tolist())

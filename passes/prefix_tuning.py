@@ -32,12 +32,15 @@ class PrefixTuning(Method):
 
     effect: ClassVar[Effect] = Effect.CHANGES
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    peft_kin: ClassVar[frozenset[str]] = frozenset(
+        {"CARTRIDGE"}
+    )  # trained but for its first tokens
     prefixed: ClassVar[bool] = True
     peft_fields: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "virtual_tokens"}
     # Its file holds what the perceptron made; the shapes are compared with the model's.
     peft_neutral: ClassVar[frozenset[str]] = frozenset({
         "prefix_projection", "encoder_hidden_size", "init_weights", "num_transformer_submodules",
-        "num_layers", "num_attention_heads", "token_dim",
+        "num_layers", "num_attention_heads", "token_dim", "num_frozen_tokens",
     })  # fmt: skip
 
     virtual_tokens: int = Field(20, gt=0, description="how many virtual tokens there are")
@@ -84,6 +87,17 @@ class PrefixTuning(Method):
         except PassError as error:
             return [*errors, error]
 
+    def unserved(self, program: Program, names: Sequence[str]) -> list[PeftcError]:
+        others = [a.name for a in program.adapters.values() if getattr(a.method, "prefixed", False)]
+        return super().unserved(program, names) + [
+            PassError(
+                f"the adapter {other!r} puts virtual tokens first already",
+                where=", ".join(program.source.architectures),
+                fix="attach one of the two, or switch between them: peftc.together",
+            )
+            for other in others[:1]
+        ]
+
     def obstacles(self, program: Program, found: Attention) -> list[PeftcError]:
         """What keeps a model from taking this prefix."""
         errors: list[PeftcError] = []
@@ -112,15 +126,6 @@ class PrefixTuning(Method):
                     f"{found.longest} positions",
                     where=where,
                     fix="take fewer: virtual_tokens=20",
-                )
-            )
-        others = [a.name for a in program.adapters.values() if getattr(a.method, "prefixed", False)]
-        if others:
-            errors.append(
-                PassError(
-                    f"the adapter {others[0]!r} puts virtual tokens first already",
-                    where=where,
-                    fix="attach one of the two",
                 )
             )
         for option in sorted(self.model_fields_set & set(Targets.model_fields)):
@@ -198,6 +203,12 @@ class PrefixTuning(Method):
 
         assert self._attention is not None
         install(model, self._attention, self.adapter, tensors)
+
+    def withdraw(self, model: nn.Module) -> None:
+        from peftc.prefixes import remove
+
+        assert self._attention is not None
+        remove(model, self._attention)
 
     def peft_config(self) -> dict[str, Any]:
         found = self._attention

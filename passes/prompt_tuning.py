@@ -36,6 +36,8 @@ EMBEDDING = "token-embedding"
 _ENCODER = "prompt_encoder"  # the module in which PEFT keeps a prompt
 TABLE = "embedding.weight"  # and what it looks up there
 _FILE = "prompt_embeddings"  # what it calls the vectors in its files
+_MULTITASK = "MULTITASK_PROMPT_TUNING"
+_COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
 class Prompt(Method):
@@ -63,6 +65,7 @@ class Prompt(Method):
     )  # fmt: skip
 
     _vocabulary: int = PrivateAttr(0)
+    _first: int = PrivateAttr(0)  # virtual id, behind the vocabulary and other prompts' ids
     _width: int = PrivateAttr(0)
 
     @abstractmethod
@@ -72,7 +75,7 @@ class Prompt(Method):
     def inject(self, site: SiteEditor) -> None:
         from peftc.graphs import aten
 
-        first, table = site.in_features, self.table(site)
+        first, table = self._first, self.table(site)
         site.change_input(lambda x: site.op(aten.clamp.default, x, None, first - 1))
         virtual = site.op(aten.unsqueeze.default, site.op(aten.ge.Scalar, site.x, first), -1)
         index = site.op(aten.clamp.default, site.op(aten.sub.Scalar, site.x, first), 0)
@@ -118,12 +121,20 @@ class Prompt(Method):
         settled = self.model_copy()
         site = program.sites[chosen[0]]
         settled._vocabulary, settled._width = site.in_features, site.out_features
+        others = (adapter.method for adapter in program.adapters.values())
+        taken = sum(other.virtual_tokens for other in others if isinstance(other, Prompt))
+        settled._first = site.in_features + taken
         return settled
 
     def enliven(self, model: nn.Module, tensors: Mapping[str, Any]) -> None:
         from peftc.virtual import put_before
 
-        put_before(model, self._vocabulary, self.virtual_tokens, self.positions)
+        put_before(model, self._first, self.virtual_tokens, self.positions)
+
+    def withdraw(self, model: nn.Module) -> None:
+        from peftc.virtual import take_back
+
+        take_back(model)
 
     def run(self, program: Program) -> PassResult:
         # On the ids that there were before, no site differs.
@@ -174,9 +185,14 @@ class PromptTuning(Prompt):
     """Train vectors that stand before the input, and nothing of the model."""
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    # A context-aware prompt is saved as it is used; one of many tasks is a product (`_of_task`).
+    peft_kin: ClassVar[frozenset[str]] = frozenset({"CPT", _MULTITASK})
     peft_neutral: ClassVar[frozenset[str]] = Prompt.peft_neutral | {
         "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
-        "tokenizer_kwargs",
+        "tokenizer_kwargs", "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task",
+        "num_ranks", "num_tasks", "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask",
+        "opt_weighted_loss_type", "opt_loss_decay_factor", "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
     }  # fmt: skip
 
     init: Literal["random", "text", "vocabulary"] = Field(
@@ -240,6 +256,19 @@ class PromptTuning(Prompt):
             settled._ids = tuple(drawn.tolist())
         return settled
 
+    def from_file(
+        self, program: Program, config: Mapping[str, Any], tensors: Mapping[str, Constant]
+    ) -> Mapping[str, Constant]:
+        if config["peft_type"] == _MULTITASK and _FILE in tensors:
+            if config.get("num_transformer_submodules") == 2:
+                raise AdapterError(
+                    "puts a second prompt before the decoder, as PEFT's multitask prompts alone do",
+                    where=_MULTITASK,
+                    fix="train a PROMPT_TUNING of it, whose prompt goes before the encoder",
+                )
+            tensors = _of_task(tensors)
+        return super().from_file(program, config, tensors)
+
     def _of_text(self, program: Program) -> list[int]:
         """The ids of the text.
 
@@ -277,3 +306,34 @@ class PromptTuning(Prompt):
             "prompt_tuning_init_text": self.text,
             "tokenizer_name_or_path": self.tokenizer,
         }
+
+
+def _of_task(tensors: Mapping[str, Constant]) -> dict[str, Constant]:
+    """The prompt P ∘ (C·R) of the one task of a multitask prompt (arXiv:2303.02861, equation 1).
+
+    Raises:
+        AdapterError: It has several, or parts that do not belong together.
+    """
+    from peftc.constants import derive
+    from peftc.graphs import Builder, aten
+
+    rest = {key: c for key, c in tensors.items() if key not in (_COLUMNS, _ROWS)}
+    parts = {key: c for key, c in tensors.items() if key in (_FILE, _COLUMNS, _ROWS)}
+    shapes = {key: c.spec.shape for key, c in parts.items()}
+    tasks, rank = (*shapes.get(_ROWS, ()), 0, 0)[:2]
+    n, features = (*shapes[_FILE], 0, 0)[:2]
+    if (shapes.get(_COLUMNS), shapes.get(_ROWS)) != ((tasks, n, rank), (tasks, rank, features)):
+        raise AdapterError(
+            f"is no multitask prompt: {', '.join(f'{k} {list(s)}' for k, s in shapes.items())}",
+            fix=SAVE_AGAIN,
+        )
+    if tasks != 1:
+        raise AdapterError(
+            f"holds the prompts of {tasks} tasks, and a model has one",
+            fix="take one task's out of it with PEFT: MultitaskPromptTuningConfig(num_tasks=1, "
+            'prompt_tuning_init="EXACT_SOURCE_TASK", prompt_tuning_init_task=…)',
+        )
+    build = Builder()
+    columns, rows = (build.op(aten.select.int, build.const(key), 0, 0) for key in (_COLUMNS, _ROWS))
+    build.graph.output(build.mul(build.const(_FILE), build.mm(columns, rows)))
+    return {**rest, _FILE: derive(build.graph, parts, rest[_FILE].spec.dtype)}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peftc.artifact import Artifact
     from peftc.callbacks import callback
     from peftc.capturing import capture
+    from peftc.constant_cache import ConstantCache
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
     from peftc.exporters.to_adapterhub import to_adapterhub
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
+    from peftc.mixing import together
     from peftc.optimizer_groups import optimizer_groups
     from peftc.passes.attach import Attach
     from peftc.passes.combine import Combine
@@ -30,12 +32,11 @@ if TYPE_CHECKING:
     from peftc.passes.starts import restore_base
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
-    from peftc.prefixes import prefix_cache
     from peftc.program import Program
-    from peftc.prompt_cache import PromptCache
     from peftc.ranks_view import plot_ranks
     from peftc.recipe import Recipe
     from peftc.schedules import schedule
+    from peftc.switching import Adapters
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
@@ -43,6 +44,7 @@ _HOMES = {
     "artifact": ("Artifact",),
     "callbacks": ("callback",),
     "capturing": ("capture",),
+    "constant_cache": ("ConstantCache",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
     "exporters.to_adapterhub": ("to_adapterhub",),
@@ -50,6 +52,7 @@ _HOMES = {
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
+    "mixing": ("together",),
     "optimizer_groups": ("optimizer_groups",),
     "passes.attach": ("Attach",),
     "passes.combine": ("Combine",),
@@ -59,22 +62,21 @@ _HOMES = {
     "passes.starts": ("restore_base",),
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
-    "prefixes": ("prefix_cache",),
     "program": ("Program",),
-    "prompt_cache": ("PromptCache",),
     "ranks_view": ("plot_ranks",),
     "recipe": ("Recipe",),
     "schedules": ("schedule",),
+    "switching": ("Adapters",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
-    "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "SiteAnalysis",
+    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Fold", "Lora", "Merge",
+    "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis",
     "Unmerge", "absorb", "analyse", "apply", "callback", "capture", "export", "load",
-    "materialize", "optimizer_groups", "plot_ranks", "prefix_cache", "restore_base", "schedule",
-    "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "verify",
+    "materialize", "optimizer_groups", "plot_ranks", "restore_base", "schedule", "to_adapterhub",
+    "to_cache", "to_peft", "to_safetensors", "together", "verify",
 ]  # fmt: skip
 
 

@@ -164,5 +164,6 @@ def _local(rest: str, normed: bool) -> str:
 
 
 def _same_place(place: str, prefix: str) -> bool:
-    """Whether two names are the same but for the base model's own name in front."""
-    return place == prefix or place.endswith(f".{prefix}") or prefix.endswith(f".{place}")
+    """Whether two names are the same but for the base model's own name in front of one."""
+    short, long = sorted((place, prefix), key=len)
+    return short == long or (long.endswith(f".{short}") and "." not in long[: -len(short) - 1])

@@ -109,8 +109,8 @@ def _refusal(program: Program, fqn: str, obstacle: str) -> FoldError:
             return FoldError(
                 f"the adapter {adapter.name!r} cannot be merged: {reason} (node {obstacle})",
                 where=fqn,
-                fix="export it as it is (--format peft), or run the model that peftc.materialize "
-                "gives; `fold` merges what can be merged beside it",
+                fix="export it as it is (--format peft), or as a constant cache, beside it what "
+                "can be merged (--merge --format cache)",
             )
     return FoldError(
         f"node {obstacle} is not affine in the site's input",

@@ -160,14 +160,14 @@ def verify(
             written = Checkpoint.open(artifact.path / "base")
             report["site"] = site_proof(built, watch_file(built, written))
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
-    if artifact.manifest["kind"] != "model":
+    if not (artifact.path / "config.json").is_file():  # no weights
         return report
     progress.stage("rebuild")
     program = rebuild(artifact)
     progress.stage("compare layers")
     written = Checkpoint.open(artifact.path)
     report["site"] = site_proof(program, watch_file(program, written))
-    if wants_whole(program, extent):
+    if artifact.manifest["kind"] == "model" and wants_whole(program, extent):
         progress.stage("compare logits")
         report["whole"] = whole_proof(program, artifact.path)
     return report
@@ -225,14 +225,15 @@ def export(
     Args:
         source: See `load`.
         target: A directory that does not exist.
-        merge: Merge every adapter into the weights.
+        merge: Merge every adapter into the weights; with `cache`, all but the prompt or prefix.
         adapters: Further PEFT adapters to attach, each with its weight.
         merge_base: What to merge into where the base is in 4 bits; see `peftc.merging.merge`.
         then: What to make of it then: 4 bits again, or 16.
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
         format: `safetensors`, a checkpoint that transformers loads; one adapter, as `peft` or, a
-            bottleneck, as `adapterhub` has it; or `cache`, a prompt as constant keys and values.
+            bottleneck, as `adapterhub` has it; or `cache`, a prompt or prefix as constant keys and
+            values, with `merge` beside the checkpoint that they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         proof: See `to_safetensors`.
@@ -253,15 +254,26 @@ def export(
             raise ArtifactError(
                 "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
             )
-        program, report = merge_adapters(program, merge_base, then, original, force, progress)
+        program, report = merge_adapters(
+            program, merge_base, then, original, force, format == "cache", progress=progress
+        )
     elif merge_base or then or original:
         raise ArtifactError(
             "merge_base, then and original say how to merge, and nothing is merged",
             where=str(source),
             fix="add merge=True, or leave them out",
         )
+    remarks = {"merge": report} if report else {}
     if format == "cache":
-        return to_cache(program, target, overwrite=overwrite)
+        return to_cache(
+            program,
+            target,
+            model=merge,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+            remarks=remarks,
+        )
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     if format == "adapterhub":
@@ -273,6 +285,6 @@ def export(
         proof=proof,
         workers=workers,
         progress=progress,
-        remarks={"merge": report} if report else {},
+        remarks=remarks,
         head=head,
     )

@@ -111,7 +111,9 @@ class Method(Targets, Pass):
     """A fine-tuning method: it says what it adds to a site, and all else follows by algebra.
 
     Attributes:
-        peft_type: PEFT's name of it; None where PEFT has no such method.
+        peft_type: PEFT's name of it, or ours where PEFT has no such method; None where its files
+            are not PEFT's.
+        peft_kin: PEFT's names of other methods whose trained adapters are adapters of this one.
         peft_fields: PEFT's name of each option, by which its config is read and written.
         peft_defaults: What PEFT takes where a config leaves a key out.
         peft_neutral: Keys of its config that do not change what a trained adapter computes.
@@ -126,6 +128,7 @@ class Method(Targets, Pass):
 
     effect: ClassVar[Effect] = Effect.IDENTITY
     peft_type: ClassVar[str | None] = None
+    peft_kin: ClassVar[frozenset[str]] = frozenset()
     peft_fields: ClassVar[Mapping[str, str]] = {}
     peft_defaults: ClassVar[Mapping[str, Any]] = {}
     peft_neutral: ClassVar[frozenset[str]] = frozenset()
@@ -155,7 +158,7 @@ class Method(Targets, Pass):
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Whether this is the method of an adapter_config.json."""
-        return cls.peft_type is not None and config.get("peft_type") == cls.peft_type
+        return config.get("peft_type") in {cls.peft_type, *cls.peft_kin} - {None}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
@@ -230,6 +233,9 @@ class Method(Targets, Pass):
             tensors: Of a prefixed method: those that belong to the model as a whole.
         """
 
+    def withdraw(self, model: nn.Module) -> None:
+        """Takes back what `enliven` did, if it did; the model keeps its tensors."""
+
     def schedule(self, program: Program, model: nn.Module, total_steps: int) -> Schedule | None:
         """What the training loop does for this method beside its own steps, if anything.
 
@@ -243,6 +249,10 @@ class Method(Targets, Pass):
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""
         return program.tensors_of(self.saved(program)[0])
+
+    def freezes(self, program: Program) -> Sequence[str]:
+        """The other adapters that are trained no more beside this one, by name."""
+        return ()
 
     def infix(self, program: Program, fqn: str) -> str:
         """What PEFT's files have between a module and a trained tensor of its own: `name.`."""

@@ -38,6 +38,7 @@ def merge(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
+    keep_virtual: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Program, dict[str, Any] | None]:
     """Merges every adapter of a program.
@@ -50,6 +51,7 @@ def merge(
             again, in the same format.
         original: The checkpoint with the original weights; default: see `original_of`.
         force: Do not refuse to quantize where most of the updates are lost.
+        keep_virtual: Leave a prompt or prefix, which no weight can hold, as it is.
         progress: Told of every pass.
 
     Returns:
@@ -59,7 +61,7 @@ def merge(
         PassError: The options do not go together, or speak of 4 bits and the base is not in them.
         ProofError: Most of the updates are lost.
     """
-    packed = program.packed
+    folding, packed = Merge(keep_virtual=keep_virtual), program.packed
     if not packed:
         if base or then or original:
             raise PassError(
@@ -68,7 +70,7 @@ def merge(
                 fix="leave out --merge-base, --then and --original; to quantize the result, run "
                 "`peftc apply MERGED -o OUT nf4` on it",
             )
-        return Pipeline([Merge()]).run(program, progress), None
+        return Pipeline([folding]).run(program, progress), None
     chosen: MergeBase = base or "dequantized"
     again = then == "nf4"
     if original and chosen == "dequantized":
@@ -92,7 +94,7 @@ def merge(
     elif chosen == "original" and names:
         steps.append(Dequantize(base=chosen, original=where, targets=_only(names)))
     bases = Pipeline(steps).run(program, progress)
-    merged = Pipeline([Merge()]).run(bases, progress)
+    merged = Pipeline([folding]).run(bases, progress)
     weights = {fqn: program.sites[fqn].name("weight") for fqn in names}
     plain = [fqn for fqn in names if not isinstance(merged.constants[weights[fqn]], Packed)]
     quantizing = _quantizers({fqn: packed[fqn].format for fqn in plain}) if again else []

@@ -15,21 +15,17 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, pad
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peftc.adapter import AdapterDirectory
 from peftc.attention import Attention
-from peftc.checkpoint import resolve
-from peftc.errors import AdapterError, PassError
-from peftc.evaluate import value
+from peftc.errors import PassError
 from peftc.live import place
 
 MARK = "peftc_prefix_"  # before the name of an attention implementation that puts a prefix first
@@ -120,8 +116,12 @@ def install(
     Raises:
         PassError: The model's attention implementation cannot take a prefix.
     """
-    prefix = Prefix(tensors, attention.heads, attention.key_size)
-    place(model, f"prompt_encoder.{adapter}", prefix)
+    path = f"prompt_encoder.{adapter}"
+    names = {name for name, _ in model.named_modules()}
+    prefix: Any = model.get_submodule(path) if path in names else None
+    if prefix is None:
+        prefix = Prefix(tensors, attention.heads, attention.key_size)
+        place(model, path, prefix)
     modules = [model.get_submodule(name) for name in attention.modules]
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     for config in configs.values():
@@ -140,43 +140,27 @@ def install(
         model.get_submodule(name).register_forward_pre_hook(shift, with_kwargs=True)
 
 
-@torch.no_grad()
-def prefix_cache(
-    path: str | Path,
-    batch: int = 1,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> DynamicCache:
-    """A prefix as constant `past_key_values`, for a model that knows nothing of peftc or PEFT.
+def remove(model: nn.Module, attention: Attention) -> None:
+    """Takes the prefix away from where a live model attends; it stays among the parameters."""
+    modules: list[Any] = [model.get_submodule(name) for name in attention.modules]
+    for config in {id(module.config): module.config for module in modules}.values():
+        name = config._attn_implementation.removeprefix(MARK)
+        config._attn_implementation_internal = name
+    for module in (*modules, *(model.get_submodule(name) for name in attention.positions)):
+        module.__dict__.pop("peftc_prefix", None)
+        module.__dict__.pop("compute_bias", None)
+        hooks = module._forward_pre_hooks
+        for number in [n for n, hook in hooks.items() if hook is _guard or isinstance(hook, Shift)]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
 
-    `generate` takes ids for all that a cache holds: put n ids of any kind, unmasked, before the
-    text, and cut them off the result.
 
-    Args:
-        path: What PEFT or peftc wrote: an adapter's directory, or its id on the hub.
-        batch: How many texts the model is given at once, beams included.
-        dtype: The model's.
-        device: The model's.
-
-    Raises:
-        AdapterError: It is no prefix of a decoder alone.
-        CheckpointError: A file is missing or damaged.
-    """
-    directory = AdapterDirectory.open(resolve(path))
-    config, leaf = directory.config, directory.leaves().get("prompt_embeddings")
-    kind, submodules = config["peft_type"], config.get("num_transformer_submodules", 1)
-    if kind != "PREFIX_TUNING" or leaf is None or submodules != 1:
-        raise AdapterError(
-            "is no prefix of a decoder",
-            where=str(directory.path),
-            fix="load the model with it instead: peftc.materialize",
-        )
-    heads = config["num_attention_heads"]
-    prefix = Prefix({leaf.ref.name: value(leaf)}, heads, config["token_dim"] // heads)
-    layers = [prefix(layer) for layer in range(config["num_layers"])]
-    return DynamicCache(
-        [tuple(x.to(device, dtype).repeat(batch, 1, 1, 1) for x in pair) for pair in layers]
-    )
+def keys_and_values(model: nn.Module) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """A live model's prefix, for each layer (1, heads, n, size) twice; nothing if it has none."""
+    found = (getattr(module, "peftc_prefix", None) for module in model.modules())
+    slots = sorted((slot for slot in found if isinstance(slot, Slot)), key=lambda slot: slot.layer)
+    pairs = (slot.prefix(slot.layer) for slot in slots)
+    return tuple((keys[None], values[None]) for keys, values in pairs)
 
 
 def served(implementation: str) -> str:

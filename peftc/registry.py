@@ -29,6 +29,7 @@ PASSES = {
     "trainable_tokens": "peftc.passes.tokens:TrainableTokens",
     "prompt_tuning": "peftc.passes.prompt_tuning:PromptTuning",
     "p_tuning": "peftc.passes.p_tuning:PTuning",
+    "router": "peftc.passes.router:Router",
     "nf4": "peftc.passes.nf4:Nf4",
     "dequantize": "peftc.passes.dequantize:Dequantize",
     "fuse": "peftc.passes.fuse:Fuse",
@@ -77,7 +78,8 @@ def method_for(config: Mapping[str, Any]) -> type[Method]:
     for cls in methods:
         if cls.reads(config):
             return cls
-    known = ", ".join(sorted({cls.peft_type for cls in methods if cls.peft_type}))
+    types = {name for cls in methods for name in (cls.peft_type, *cls.peft_kin) if name}
+    known = ", ".join(sorted(types))
     raise AdapterError(
         f"adapters of type {config.get('peft_type')} cannot be attached", fix=f"there are: {known}"
     )

@@ -74,14 +74,27 @@ class VirtualTokens:
         first: The size of the vocabulary.
         count: How many there are.
         numbering: The positions of them and of what follows.
+        longest: How many positions there are; None where they are not learned.
     """
 
     first: int
     count: int
     numbering: Numbering
+    longest: int | None = None
 
     def before(self, ids: Tensor) -> Tensor:
-        """Ids (batch, length) with the virtual ones before them."""
+        """Ids (batch, length) with the virtual ones before them.
+
+        Raises:
+            PassError: Together they are more than the model has positions.
+        """
+        if self.longest is not None and ids.shape[1] + self.count > self.longest:
+            raise PassError(
+                f"{ids.shape[1]} tokens and {self.count} virtual ones are more than "
+                f"{self.longest} positions",
+                where="input_ids",
+                fix="shorten the text, or take fewer virtual tokens",
+            )
         new = torch.arange(self.first, self.first + self.count, device=ids.device, dtype=ids.dtype)
         return torch.cat([new.expand(ids.shape[0], -1), ids], 1)
 
@@ -160,9 +173,25 @@ def put_before(model: nn.Module, first: int, count: int, rule: Positions) -> Non
         rule: `peft` numbers all tokens, as PEFT leaves the model to do; `mask` only those that the
             attention mask sees, as transformers' `generate` does.
     """
-    tokens = VirtualTokens(first, count, Numbering.of(model, rule))
+    numbering = Numbering.of(model, rule)
+    tokens = VirtualTokens(first, count, numbering, longest(model, numbering.start))
     cls: Any = type(model)
     model.__class__ = virtual_class(cls, tokens)
+
+
+def take_back(model: nn.Module) -> None:
+    """Makes a live model put no virtual tokens before its inputs any more."""
+    if "virtual_tokens" in vars(type(model)):
+        model.__class__ = type(model).__base__  # type: ignore[assignment]
+
+
+def longest(model: nn.Module, start: int) -> int | None:
+    """How many positions a model has learned vectors of, the first of which is at start."""
+    config: Any = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    sizes = (table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables)
+    return next((size - start for size in sizes if size == limit), None)
 
 
 @cache

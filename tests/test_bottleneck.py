@@ -116,33 +116,6 @@ def test_fresh_adapter_changes_nothing_unless_its_start_does(
     assert 0 < distance(logits(materialize(program)), plain) < 0.5
 
 
-def text() -> torch.Tensor:
-    """The README's bytes, as ids of a vocabulary of 97."""
-    content = (Path(__file__).parent.parent / "README.md").read_bytes()[: 8 * 32]
-    return (torch.tensor(list(content)).clamp(32, 126) - 32).view(8, 32)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_training_lowers_the_loss_on_text(preset: str, checkpoint: MakeCheckpoint) -> None:
-    program = Pipeline([Bottleneck(preset=preset, reduction_factor=2)]).run(
-        capture(checkpoint("llama"))
-    )
-    model = materialize(program).train()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert set(trained) == program.trainable
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    losses = []
-    for _ in range(20):
-        loss = model(input_ids=text(), labels=text()).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.05
-    again = materialize(absorb(program, model))
-    assert torch.equal(logits(again), logits(model.eval()))
-
-
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(input_ids=IDS, labels=IDS).loss.backward()

@@ -20,9 +20,9 @@ from peftc import Attach, Lora, Merge, Pipeline, Program, absorb, capture, mater
 from peftc.api import apply, export, load
 from peftc.errors import AdapterError, CheckpointError, PassError
 from peftc.passes.prefix_tuning import PrefixTuning
-from peftc.prefixes import MARK, prefix_cache
+from peftc.prefixes import MARK
 
-from .conftest import SMALL, MakeAdapter, MakeCheckpoint, auto, distance, logits
+from .conftest import SMALL, MakeCheckpoint, auto, distance, logits
 from .helpers import copied, edit, refuse
 
 MakePrefix = Callable[..., Path]
@@ -210,26 +210,6 @@ def test_gradients_are_the_same_when_activations_are_checkpointed(
     assert plain and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_plain_model_generates_the_same_from_a_constant_cache(
-    name: str, base: Callable[[str], Path], trained: MakePrefix
-) -> None:
-    ours: Any = materialize(program_of(base(name), Attach(path=str(trained(name)))))
-    options = text("left") | {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
-    want = ours.generate(**options)
-    first = torch.ones(2, N, dtype=torch.long)
-    options |= {key: torch.cat([first, value], 1) for key, value in text("left").items()}
-    cache = prefix_cache(trained(name), batch=2)
-    assert torch.equal(auto(base(name)).generate(**options, past_key_values=cache)[:, N:], want)
-
-
-def test_constant_cache_is_refused_of_what_is_no_prefix_of_a_decoder(
-    base: Callable[[str], Path], trained: MakePrefix, adapter: MakeAdapter, tmp_path: Path
-) -> None:
-    for path in (adapter(base("llama")), trained("t5")):
-        refuse(tmp_path, AdapterError, lambda _, path=path: prefix_cache(path), "no prefix")  # type: ignore[misc]
-
-
 def test_padding_changes_nothing_when_it_is_right(base: Callable[[str], Path]) -> None:
     model = materialize(fresh(base("llama")))
     ids = text()["input_ids"][:1]
@@ -249,20 +229,6 @@ def test_prefix_stays_in_sight_when_a_window_slides(base: Callable[[str], Path])
             1  # of the first layer, a local one
         )
         assert distance(model(input_ids=ids).logits[0, -1], before) > 1e-3
-
-
-@pytest.mark.parametrize("projection", [False, True])
-def test_training_lowers_the_loss(projection: bool, base: Callable[[str], Path]) -> None:
-    model = materialize(fresh(base("gpt2"), projection=projection)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(20):
-        loss = model(**labelled("gpt2")).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.05
 
 
 def test_only_the_prefix_is_trained(base: Callable[[str], Path]) -> None:

@@ -148,3 +148,52 @@ def test_demo_shows_its_way_and_answers_from_the_merged_model(tmp_path: Path) ->
     assert report["proof"]["whole"]["relative_error"] < 1e-4
     for shown in ("apply", "step", "merge: 210 sites", "link", "proof", "done in"):
         assert shown in done.stderr, shown
+
+
+@pytest.fixture(scope="module")
+def prompted(
+    base: Path, ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[peftc.Program, Path]:
+    """A prompt trained for a few steps, and the directory that it is exported to with its model."""
+    prompt = peftc.PromptTuning(virtual_tokens=16, init="text", text="Answer in one short line.")
+    program = Pipeline([prompt]).run(capture(base))
+    live = materialize(program, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        live(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("prompted")
+    peftc.to_peft(peftc.absorb(program, live), folder / "adapter")
+    adapters = [(str(folder / "adapter"), 1.0)]
+    peftc.export(base, folder / "served", merge=True, adapters=adapters, format="cache")
+    return Pipeline([Attach(path=str(folder / "adapter"))]).run(capture(base)), folder / "served"
+
+
+def test_exported_prompt_answers_from_its_cache_as_with_its_virtual_tokens(
+    prompted: tuple[peftc.Program, Path],
+) -> None:
+    program, served = prompted
+    live: Any = materialize(program, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(served, dtype=torch.float32).eval()
+    cache, tokenizer = peftc.ConstantCache.open(served), AutoTokenizer.from_pretrained(served)
+    tokenizer.padding_side = "left"
+    chats = ["What is the capital of France?", "Name two colours."]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": chat}], tokenize=False, add_generation_prompt=True
+        )
+        for chat in chats
+    ]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    want = live.generate(**inputs, **options)
+    run: list[int] = []
+    plain.model.embed_tokens.register_forward_pre_hook(lambda _, args: run.append(args[0].shape[1]))
+    before = cache.before(plain, inputs["input_ids"], inputs["attention_mask"])
+    got = plain.generate(**before, **options)
+    stored = AutoModelForCausalLM.from_pretrained(served).dtype
+    if stored == torch.float32:  # in bf16 the cache is rounded, and the live model's is not
+        assert torch.equal(got, want)
+    assert got.shape == want.shape
+    assert run == [inputs["input_ids"].shape[1], *[1] * 11], "virtual tokens are run again"

@@ -1,12 +1,13 @@
-"""A prompt as constant keys and values, for the plain model: its tokens are never run again.
+"""Virtual tokens as constant keys and values, for the plain model: they are never run again.
 
-In a causal decoder nothing that follows changes what the virtual tokens compute, so that their keys
-and values are constants. `peftc.to_cache` writes them; here they are put before inputs.
+A prefix is nothing else, and in a causal decoder nothing that follows changes what the tokens of a
+prompt compute. `peftc.to_cache` writes these keys and values; here they are put before inputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,34 @@ from peftc.artifact import Artifact
 from peftc.errors import ArtifactError
 from peftc.virtual import Numbering
 
-FILE = "prompt_cache.safetensors"
+FILE = "constant_cache.safetensors"
+# What keys and values depend on, by the names that configs of transformers have for it.
+_SHAPES = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
+
+
+def shapes_of(config: Any) -> dict[str, Any]:
+    """What a model's config says of the shape of its keys and values."""
+    text = config.get_text_config()
+    found = {name: getattr(text, name, None) for name in _SHAPES}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class PromptCache:
+class ConstantCache:
     """Keys and values of virtual tokens.
 
     Attributes:
         layers: For each layer keys and values, (1, heads, tokens, features).
-        numbering: The positions of what follows; None where the model takes none.
+        numbering: The positions of what follows; None where the model finds them by itself.
+        shapes: What the config of their model says of them.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
-    numbering: Numbering | None
+    numbering: Numbering | None = None
+    shapes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -39,7 +54,7 @@ class PromptCache:
         return self.layers[0][0].shape[2]
 
     @classmethod
-    def open(cls, path: str | Path) -> PromptCache:
+    def open(cls, path: str | Path) -> ConstantCache:
         """Reads what `peftc.to_cache` wrote.
 
         Raises:
@@ -48,7 +63,7 @@ class PromptCache:
         artifact = Artifact.open(Path(path))
         if artifact.manifest["kind"] != "cache":
             raise ArtifactError(
-                f"is of kind {artifact.manifest['kind']}, and no prompt's cache",
+                f"is of kind {artifact.manifest['kind']}, and no constant cache",
                 where=str(path),
                 fix="write one: peftc.to_cache(program, path)",
             )
@@ -59,7 +74,11 @@ class PromptCache:
             (tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(len(tensors) // 2)
         )
         numbering = artifact.manifest["numbering"]
-        return cls(layers, None if numbering is None else Numbering(**numbering))
+        return cls(
+            layers,
+            None if numbering is None else Numbering(**numbering),
+            artifact.manifest["shapes"],
+        )
 
     def before(
         self,
@@ -70,7 +89,7 @@ class PromptCache:
         copies: int = 1,
         cache: Any = None,
     ) -> dict[str, Any]:
-        """Arguments for the plain model's forward or `generate`, with the prompt before the ids.
+        """Arguments for the plain model's forward or `generate`, with the cache before the ids.
 
         Args:
             model: The plain model, for its config, dtype and device.
@@ -79,15 +98,19 @@ class PromptCache:
             copies: How many sequences `generate` makes of each: its beams or returned sequences.
             cache: An empty cache of transformers' to fill; default: a dynamic one. A static one has
                 to have room for the virtual tokens.
+
+        Raises:
+            ArtifactError: The keys and values are those of another model.
         """
         from transformers import DynamicCache
 
+        self._check(model.config)
         batch, length = input_ids.shape
+        device, dtype = model.device, model.dtype  # which look at its parameters each time
         cache = DynamicCache(config=model.config) if cache is None else cache
         for i, pair in enumerate(self.layers):
             key, value = (
-                tensor.to(model.device, model.dtype).expand(batch * copies, -1, -1, -1)
-                for tensor in pair
+                tensor.to(device, dtype).expand(batch * copies, -1, -1, -1) for tensor in pair
             )
             cache.update(key, value, i)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -98,3 +121,17 @@ class PromptCache:
             numbers = self.numbering.positions(shape, mask, input_ids.device)
             inputs["position_ids"] = numbers[:, self.tokens :]
         return inputs
+
+    def _check(self, config: Any) -> None:
+        given = shapes_of(config)
+        other = [
+            f"{name} {value} (the model's: {given.get(name)})"
+            for name, value in self.shapes.items()
+            if given.get(name) != value
+        ]
+        if other:
+            raise ArtifactError(
+                f"holds keys and values of another model, one of {', '.join(other)}",
+                where=FILE,
+                fix="use it with the model that it was made of",
+            )
