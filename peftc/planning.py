@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from peftc.contract import Pass
-from peftc.errors import PeftcError, Violations, located, raise_all
+from peftc.errors import CaptureError, PeftcError, Violations, located, raise_all
 from peftc.footprint import Footprint, Step, batch_of, checkpoint, footprint, loss_of
 from peftc.live import materialize
 from peftc.program import Program
@@ -83,19 +83,19 @@ def plan(
     Raises:
         PeftcError: The model cannot be run without data, or an option is wrong.
     """
-    found = []
+    found: list[Verdict] = []
+    errors: list[PeftcError] = []
     for name, passes in methods.items():
         progress.stage(name)
         try:
             ready = _with(program, build(passes, name), name)
+            verdict = _verdict(name, passes, ready, step, memory)
         except PeftcError as error:
-            if len(methods) == 1:
-                raise
+            errors.append(error)
             first = error.errors[0] if isinstance(error, Violations) else error
             reason = f"not on this model: {first.what}"
             found.append(Verdict(name, passes, step, None, None, reason))
             continue
-        verdict = _verdict(name, passes, ready, step, memory)
         if probe and verdict.fits is not False:
             try:
                 seconds, measured = _probe(ready, verdict.step)
@@ -103,6 +103,8 @@ def plan(
             except torch.OutOfMemoryError as error:
                 verdict = replace(verdict, fits=False, reason=f"the probe failed: {error}")
         found.append(verdict)
+    if len(errors) == len(found):  # what keeps all of them away is no method's own
+        raise errors[0]
     return found
 
 
@@ -118,23 +120,27 @@ def _with(program: Program, passes: Sequence[Pass], where: str) -> Program:
 def _verdict(
     name: str, passes: Passes, program: Program, step: Step, memory: int | None
 ) -> Verdict:
-    print_ = footprint(program, step)
-    if memory is None:
-        return Verdict(name, passes, step, print_, None, _most(print_))
-    if print_.peak <= memory:
-        return Verdict(name, passes, step, print_, True, _most(print_))
-    if not step.checkpointing:
-        again = replace(step, checkpointing=True)
-        try:
-            less = footprint(program, again)
-        except PeftcError:
-            less = print_
-        if less.peak <= memory:
-            reason = f"with checkpointing; without it {size(print_.peak)}"
-            return Verdict(name, passes, again, less, True, reason)
-        if less.peak < print_.peak:
-            step, print_ = again, less
-    return Verdict(name, passes, step, print_, False, _obstacle(program, step, print_, memory))
+    found = footprint(program, step)
+    if memory is None or found.peak <= memory:
+        fits = None if memory is None else True
+        return Verdict(name, passes, step, found, fits, _most(found))
+    reason = f"with checkpointing; without it {size(found.peak)}"
+    step, found = _checkpointed(program, step, found)
+    if found.peak <= memory:
+        return Verdict(name, passes, step, found, True, reason)
+    return Verdict(name, passes, step, found, False, _obstacle(program, step, found, memory))
+
+
+def _checkpointed(program: Program, step: Step, found: Footprint) -> tuple[Step, Footprint]:
+    """The step with checkpointing, where that takes less."""
+    if step.checkpointing:
+        return step, found
+    again = replace(step, checkpointing=True)
+    try:
+        less = footprint(program, again)
+    except CaptureError:  # the model has none
+        return step, found
+    return (again, less) if less.peak < found.peak else (step, found)
 
 
 def _parts(found: Footprint) -> dict[str, int]:
@@ -213,7 +219,7 @@ def show(found: Sequence[Verdict], step: Step, memory: int | None, terminal: Ter
     terminal.data({"step": asdict(step), "memory": memory, "methods": plans})
     if terminal.as_json:
         return
-    head = ["method", "trained", *_PARTS, "peak"]
+    head = ["method", "trained", "weights", "grads", "optim.", "activ.", "peak"]
     head += ["fits"] * (memory is not None) + ["step"] * any(v.seconds for v in found)
     title = f"batch {step.batch}, {step.length} tokens, {step.optimizer}"
     terminal.table(title, head, [_row(verdict, head) for verdict in found])
