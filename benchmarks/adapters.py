@@ -1,4 +1,5 @@
-"""What each method costs a forward pass of a whole model, as in table 1 of the LoRA paper.
+"""What each method costs a forward pass of a whole model, as in table 1 of the LoRA paper, and what
+many adapters on one base do.
 
 For each method and each (batch, length): the base, peftc's live model and PEFT's with the same
 weights take turns in one run, in fp32 and without gradients. Medians are taken, those of ratios
@@ -76,14 +77,13 @@ def forward(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     return logits
 
 
-def plainly(model: Any) -> Run:
-    """A model's forward on ids alone."""
-    return lambda ids: forward(model, {"input_ids": ids})
+def plainly(model: Any, **more: Any) -> Run:
+    """A model's forward on ids, and nothing that depends on them."""
+    return lambda ids: forward(model, {"input_ids": ids, **more})
 
 
-def trained(base: Path, method: peftc.Pass) -> tuple[peftc.Program, int]:
+def randomized(program: peftc.Program) -> tuple[peftc.Program, int]:
     """A program with tensors that are not those of a fresh adapter, and how many are trained."""
-    program = peftc.Pipeline([method]).run(peftc.capture(base))
     live = peftc.materialize(program)
     generator, count = torch.Generator().manual_seed(0), 0
     with torch.no_grad():
@@ -155,7 +155,7 @@ def methods(job: Job) -> None:
         if job.only and not any(word in name for word in job.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            program, count = trained(job.base, method)
+            program, count = randomized(peftc.Pipeline([method]).run(peftc.capture(job.base)))
             found = served(job.base, program, form, Path(folder))
             cells = [name, f"{count:,}"]
             for size in job.sizes:
@@ -169,8 +169,60 @@ def methods(job: Job) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+@torch.no_grad()
+def many(job: Job) -> None:
+    """LoRAs r=8 on one base: one for the whole batch, and one for each row, beside PEFT."""
+    heads = [f"{b}×{n}: base ms | peftc ÷ base | PEFT ÷ base" for b, n in job.sizes]
+    print(f"| adapters | on | {' | '.join(heads)} |")
+    print(f"|---|---|{'---|' * 3 * len(job.sizes)}", flush=True)
+    base = plainly(loaded(job.base))
+    plain = peftc.capture(job.base)
+    generator = torch.Generator().manual_seed(1)
+    for count in (1, 4, 16):
+        names = [f"a{number}" for number in range(count)]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                lora = peftc.Lora(rank=8, adapter=name)
+                program = randomized(peftc.Pipeline([lora]).run(plain))[0]
+                peftc.to_peft(program, Path(folder) / name)
+            ours, theirs, adapters = both(job.base, Path(folder), names)
+            for rows in (False, True)[: 1 + (count > 1)]:
+                cells = [str(count), "a row each" if rows else "one for all"]
+                for size in job.sizes:
+                    if rows and size[0] == 1:
+                        cells += [""] * 3
+                        continue
+                    chosen = [names[row % count] for row in range(size[0])]
+                    adapters.use(chosen if rows else names[-1])
+                    theirs.set_adapter(names[-1])
+                    ids = torch.randint(4, 1000, size, generator=generator)
+                    peer = plainly(theirs, adapter_names=chosen) if rows else plainly(theirs)
+                    found = {"base": base, "peftc": plainly(ours), "PEFT": peer}
+                    ms = times(found, ids, job)
+                    middle = f"{statistics.median(ms['base']):.1f}"
+                    cells += [middle, ratio(ms, "peftc"), ratio(ms, "PEFT")]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def both(base: Path, folder: Path, names: Sequence[str]) -> tuple[Any, Any, peftc.Adapters]:
+    """A base with several adapters, as peftc has it and as PEFT has it."""
+    plain = peftc.capture(base)
+    program = peftc.together(*(
+        peftc.Pipeline([peftc.Attach(path=str(folder / name), adapter=name)]).run(plain)
+        for name in names
+    ))  # fmt: skip
+    model = frozen(peftc.materialize(program))
+    theirs: Any = None
+    for name in names:
+        if theirs is None:
+            theirs = peft.PeftModel.from_pretrained(loaded(base), folder / name, adapter_name=name)
+        else:
+            theirs.load_adapter(folder / name, adapter_name=name)
+    return model, frozen(theirs), peftc.Adapters(model, program)
+
+
 # What is measured, by name: each prints a table of its own.
-SECTIONS: dict[str, Callable[[Job], None]] = {"methods": methods}
+SECTIONS: dict[str, Callable[[Job], None]] = {"methods": methods, "many": many}
 
 
 def random_llama(folder: Path) -> Path:

@@ -316,7 +316,7 @@ def _own(
     from peftc.constants import cast
     from peftc.evaluate import value
 
-    stored = {*program.stored.values(), *program.aliases}
+    stored = {*program.stored.values(), *program.aliases} & program.captured.keys()
     mine = [fqn for fqn in program.adapters[name].tensors.values() if fqn in stored]
     wanted = {f"{PEFT_PREFIX}{alias}": fqn for fqn in mine for alias in program.names_of(fqn)}
     where = str(directory.file.path)

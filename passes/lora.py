@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from peftc.contract import ALL_KINDS, Effect, Method, trained_biases
-from peftc.errors import AdapterError, PassError, PeftcError
+from peftc.contract import ALL_KINDS, AdapterName, Effect, Method, trained_biases
+from peftc.errors import AdapterError, PassError, PeftcError, did_you_mean
 from peftc.passes.tokens import Ids, replace_rows, with_tied
 from peftc.targets import LINEARS, Names, Pattern, Targets, pattern_key, unbound_patterns
 
@@ -31,7 +31,7 @@ class Lora(Method):
         "r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern", "lora_dropout": "dropout", "bias": "bias",
         "lora_bias": "lora_bias", "target_parameters": "parameters",
-        "trainable_token_indices": "tokens",
+        "trainable_token_indices": "tokens", "share_a": "share_a",
     }  # fmt: skip
     peft_defaults: ClassVar[Mapping[str, Any]] = {"r": 8, "lora_alpha": 8}
     peft_neutral: ClassVar[frozenset[str]] = frozenset(
@@ -68,6 +68,12 @@ class Lora(Method):
         {}, description="alphas by module: q_proj=64"
     )
 
+    share_a: AdapterName | None = Field(
+        None,
+        description="the adapter whose A is this one's too: a B for each task, and one A that all "
+        "of them train (arXiv:2404.19245)",
+    )
+
     parameters: Names | None = Field(
         None,
         description="parameters of fused experts, beside targets: mlp.experts.gate_up_proj",
@@ -84,6 +90,9 @@ class Lora(Method):
             replace_rows(site, "token_adapter.trainable_tokens_delta", ids)
             return
         a, b = self.factors(site)
+        if self.share_a is not None:
+            embedding = site.kind.name == "embedding"
+            site.tie("lora_embedding_A" if embedding else "lora_A.weight", self.share_a)
         bias = site.parameter("lora_B.bias", (site.out_features,)) if self.lora_bias else None
         x = site.cast_input(a)
         if site.kind.name != "embedding":  # ids are not dropped
@@ -192,7 +201,35 @@ class Lora(Method):
                         fix="lower the rank, or give this layer its own by rank_pattern",
                     )
                 )
-        return errors
+        return errors + self._unshared(program, chosen)
+
+    def _unshared(self, program: Program, chosen: list[str]) -> list[PeftcError]:
+        """What keeps this adapter from having the A of another."""
+        if self.share_a is None:
+            return []
+        if self.moves_base:
+            return [PassError(f"{self.init} starts A anew", where="share_a", fix="leave out init")]
+        other = program.adapters.get(self.share_a)
+        if other is None or not isinstance(other.method, Lora):
+            return [
+                PassError(
+                    f"there is no LoRA named {self.share_a!r} to share A with",
+                    where="share_a",
+                    fix=did_you_mean(self.share_a, program.adapters)
+                    if program.adapters
+                    else f"put one before: lora --adapter {self.share_a}",
+                )
+            ]
+        errors: list[PeftcError] = [
+            PassError(
+                f"{self.share_a!r} has no A of rank {self.rank_at(fqn)} here",
+                where=fqn,
+                fix="give both adapters the same targets and ranks",
+            )
+            for fqn in chosen
+            if fqn not in other.sites or other.method.rank_at(fqn) != self.rank_at(fqn)
+        ]
+        return errors[:1]
 
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         biases = trained_biases(program, self.bias, sites)
@@ -200,8 +237,11 @@ class Lora(Method):
 
     def peft_config(self) -> dict[str, Any]:
         alpha = self.alpha if self.alpha is not None else self.rank
+        config = super().peft_config()
+        if self.share_a is None:
+            del config["share_a"]  # which PEFT does not have
         return {
-            **super().peft_config(),
+            **config,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "init_lora_weights": "gaussian" if self.init == "gaussian" else True,
             "trainable_token_indices": dict(self.tokens) or None,

@@ -87,6 +87,17 @@ class PrefixTuning(Method):
         except PassError as error:
             return [*errors, error]
 
+    def unserved(self, program: Program, names: Sequence[str]) -> list[PeftcError]:
+        others = [a.name for a in program.adapters.values() if getattr(a.method, "prefixed", False)]
+        return super().unserved(program, names) + [
+            PassError(
+                f"the adapter {other!r} puts virtual tokens first already",
+                where=", ".join(program.source.architectures),
+                fix="attach one of the two, or switch between them: peftc.together",
+            )
+            for other in others[:1]
+        ]
+
     def obstacles(self, program: Program, found: Attention) -> list[PeftcError]:
         """What keeps a model from taking this prefix."""
         errors: list[PeftcError] = []
@@ -115,15 +126,6 @@ class PrefixTuning(Method):
                     f"{found.longest} positions",
                     where=where,
                     fix="take fewer: virtual_tokens=20",
-                )
-            )
-        others = [a.name for a in program.adapters.values() if getattr(a.method, "prefixed", False)]
-        if others:
-            errors.append(
-                PassError(
-                    f"the adapter {others[0]!r} puts virtual tokens first already",
-                    where=where,
-                    fix="attach one of the two",
                 )
             )
         for option in sorted(self.model_fields_set & set(Targets.model_fields)):
@@ -201,6 +203,12 @@ class PrefixTuning(Method):
 
         assert self._attention is not None
         install(model, self._attention, self.adapter, tensors)
+
+    def withdraw(self, model: nn.Module) -> None:
+        from peftc.prefixes import remove
+
+        assert self._attention is not None
+        remove(model, self._attention)
 
     def peft_config(self) -> dict[str, Any]:
         found = self._attention

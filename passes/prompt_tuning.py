@@ -65,6 +65,7 @@ class Prompt(Method):
     )  # fmt: skip
 
     _vocabulary: int = PrivateAttr(0)
+    _first: int = PrivateAttr(0)  # virtual id, behind the vocabulary and other prompts' ids
     _width: int = PrivateAttr(0)
 
     @abstractmethod
@@ -74,7 +75,7 @@ class Prompt(Method):
     def inject(self, site: SiteEditor) -> None:
         from peftc.graphs import aten
 
-        first, table = site.in_features, self.table(site)
+        first, table = self._first, self.table(site)
         site.change_input(lambda x: site.op(aten.clamp.default, x, None, first - 1))
         virtual = site.op(aten.unsqueeze.default, site.op(aten.ge.Scalar, site.x, first), -1)
         index = site.op(aten.clamp.default, site.op(aten.sub.Scalar, site.x, first), 0)
@@ -120,12 +121,20 @@ class Prompt(Method):
         settled = self.model_copy()
         site = program.sites[chosen[0]]
         settled._vocabulary, settled._width = site.in_features, site.out_features
+        others = (adapter.method for adapter in program.adapters.values())
+        taken = sum(other.virtual_tokens for other in others if isinstance(other, Prompt))
+        settled._first = site.in_features + taken
         return settled
 
     def enliven(self, model: nn.Module, tensors: Mapping[str, Any]) -> None:
         from peftc.virtual import put_before
 
-        put_before(model, self._vocabulary, self.virtual_tokens, self.positions)
+        put_before(model, self._first, self.virtual_tokens, self.positions)
+
+    def withdraw(self, model: nn.Module) -> None:
+        from peftc.virtual import take_back
+
+        take_back(model)
 
     def run(self, program: Program) -> PassResult:
         # On the ids that there were before, no site differs.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
+    from peftc.mixing import together
     from peftc.optimizer_groups import optimizer_groups
     from peftc.passes.attach import Attach
     from peftc.passes.combine import Combine
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from peftc.pipeline import Pipeline
     from peftc.program import Program
     from peftc.recipe import Recipe
+    from peftc.switching import Adapters
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
@@ -46,6 +48,7 @@ _HOMES = {
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
+    "mixing": ("together",),
     "optimizer_groups": ("optimizer_groups",),
     "passes.attach": ("Attach",),
     "passes.combine": ("Combine",),
@@ -57,16 +60,17 @@ _HOMES = {
     "pipeline": ("Pipeline",),
     "program": ("Program",),
     "recipe": ("Recipe",),
+    "switching": ("Adapters",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Fold", "Lora", "Merge", "Method",
-    "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis", "Unmerge",
-    "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
-    "optimizer_groups", "restore_base", "to_adapterhub", "to_cache", "to_peft",
-    "to_safetensors", "verify",
+    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Fold", "Lora", "Merge",
+    "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis",
+    "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
+    "optimizer_groups", "restore_base", "to_adapterhub", "to_cache", "to_peft", "to_safetensors",
+    "together", "verify",
 ]  # fmt: skip
 
 

@@ -111,7 +111,8 @@ class Method(Targets, Pass):
     """A fine-tuning method: it says what it adds to a site, and all else follows by algebra.
 
     Attributes:
-        peft_type: PEFT's name of it; None where PEFT has no such method.
+        peft_type: PEFT's name of it, or ours where PEFT has no such method; None where its files
+            are not PEFT's.
         peft_kin: PEFT's names of other methods whose trained adapters are adapters of this one.
         peft_fields: PEFT's name of each option, by which its config is read and written.
         peft_defaults: What PEFT takes where a config leaves a key out.
@@ -232,9 +233,16 @@ class Method(Targets, Pass):
             tensors: Of a prefixed method: those that belong to the model as a whole.
         """
 
+    def withdraw(self, model: nn.Module) -> None:
+        """Takes back what `enliven` did, if it did; the model keeps its tensors."""
+
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""
         return program.tensors_of(self.saved(program)[0])
+
+    def freezes(self, program: Program) -> Sequence[str]:
+        """The other adapters that are trained no more beside this one, by name."""
+        return ()
 
     def infix(self, program: Program, fqn: str) -> str:
         """What PEFT's files have between a module and a trained tensor of its own: `name.`."""

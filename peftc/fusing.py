@@ -15,6 +15,7 @@ from torch import fx
 from peftc import graphs
 from peftc.constants import Constant, Packed
 from peftc.graphs import aten, operator
+from peftc.mixing import sums
 from peftc.sites import Site
 
 
@@ -98,7 +99,7 @@ def _fuse_linear(graph: fx.Graph, node: fx.Node) -> None:
 def _fuse_lora(graph: fx.Graph, node: fx.Node) -> None:
     """A quantized linear layer plus s·B(A(x)) by one operator."""
     base, branch = node.args
-    found = _lora(branch) if isinstance(branch, fx.Node) else None
+    found = lora_of(branch) if isinstance(branch, fx.Node) else None
     if found is None or not isinstance(base, fx.Node):
         return
     x, a, b, scale = found
@@ -116,18 +117,50 @@ def _fuse_lora(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _lora(branch: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+def by_rows(graph: fx.Graph) -> fx.Graph:
+    """A mixture's graph (see `peftc.mixing`) with its LoRAs without dropout in one operator.
+
+    What is off then is not computed where that can be told.
+    """
+    new = graphs.copy(graph)
+    result: Any = graphs.output(new)
+    y: Any = result.args[1] if len(result.args) > 1 else None
+    found: list[Any] = []
+    for add in sums(result, y) or ():
+        term: Any = add.args[1]
+        if term.target is not aten.mul.Tensor:
+            continue
+        branch, gate = term.args
+        lora = lora_of(branch)
+        if lora is not None and str(getattr(gate, "target", "")) == "peftc.gate.default":
+            found.append((add, gate.args, *lora))
+    found = [entry for entry in found if entry[2] is found[0][2]]
+    if not found:
+        return graph
+    for add, *_ in found:
+        add.replace_all_uses_with(add.args[0])
+    mix, x = found[0][1][0], found[0][2]
+    a, b, scales = ([entry[i] for entry in found] for i in (3, 4, 5))
+    columns = [entry[1][1] for entry in found]
+    with new.inserting_before(result):
+        args = (x, mix, a, b, scales, columns)
+        rows = new.call_function(operator("peftc.lora_rows.default"), args)
+        result.args = (new.call_function(aten.add.Tensor, (result.args[0], rows)), y)
+    return graphs.intern(new)
+
+
+def lora_of(branch: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
     """The x, A, B and s of s·B(A(x)), x cast to A's dtype."""
     scale: Any = 1.0
     if branch.target is aten.mul.Tensor and isinstance(branch.args[1], (int, float)):
         branch, scale = branch.args  # type: ignore[assignment]
-    chain = []
+    factors = []
     for _ in range(2):
         if branch.target is not aten.linear.default or len(branch.args) != 2:
             return None
         branch, factor = branch.args  # type: ignore[assignment]
-        chain.append(factor)
-    b, a = chain
+        factors.append(factor)
+    b, a = factors
     x = branch.args[0] if branch.target is aten.type_as.default else branch
     assert isinstance(x, fx.Node) and isinstance(a, fx.Node) and isinstance(b, fx.Node)
     return (x, a, b, float(scale)) if a.op == b.op == "get_attr" else None

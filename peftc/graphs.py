@@ -25,7 +25,7 @@ from peftc.errors import PassError
 aten = torch.ops.aten
 
 # Who registers the operators whose names begin so, as strings: core imports no kernels.
-_PROVIDERS = {"nf4_": "peftc.kernels.nf4_ops"}
+_PROVIDERS = {"nf4_": "peftc.kernels.nf4_ops", "lora_rows": "peftc.kernels.lora_rows"}
 _interned: dict[str, fx.Graph] = {}
 _texts: dict[fx.Graph, str] = {}
 

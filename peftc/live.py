@@ -19,11 +19,12 @@ from peftc.constants import Constant, Held, Packed, cast
 from peftc.errors import PassError, PeftcError, raise_all
 from peftc.evaluate import value
 from peftc.functions import function_of
-from peftc.fusing import opened
+from peftc.fusing import by_rows, opened
 from peftc.graphs import Spec, aten
 from peftc.kinds import EmbeddingKind, ExpertsKind, Kind, ModuleKind
+from peftc.mixing import Mix
 from peftc.ops import grouped_linear
-from peftc.program import Program
+from peftc.program import MIX, Program
 from peftc.sites import Site
 from peftc.surrounding import listen, surround
 
@@ -100,11 +101,13 @@ def materialize(
             model.set_submodule(site.fqn, live.module(site, model.get_submodule(site.fqn)))
     for owner, members in experts.items():
         live.experts(members, model.get_submodule(owner))
-    for adapter in program.adapters.values():
+    for adapter in reversed([*program.adapters.values()]):
         if adapter.method is not None:
             wide = torch.promote_types(next(iter(parameters.values())).dtype, torch.float32)
             tensors = {name: live.tensor(fqn, wide) for name, fqn in adapter.prompts.items()}
             adapter.method.enliven(model, tensors)
+            if adapter.name in program.mixed[1:]:  # at first the first is on
+                adapter.method.withdraw(model)
     if trainable := program.trainable:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -156,6 +159,7 @@ class _Live:
     ) -> None:
         self.program, self.device, self.dtype = program, device, dtype
         self.frozen = {fqn for a in program.adapters.values() for fqn in a.frozen}
+        self._mix: Mix | None = None
         self._shared: dict[Constant, torch.Tensor] = {}
         self._trained: dict[str, torch.Tensor] = {}  # by the first of the names of tied ones
 
@@ -200,6 +204,8 @@ class _Live:
         opened_graph, stored = opened(
             site, self.program.bindings(site), site.fqn in self.program.fused
         )
+        if self.program.mixed:
+            opened_graph = by_rows(opened_graph)
         specs = {}
         for local in graphs.constant_names(opened_graph):
             if local in stored:
@@ -212,6 +218,11 @@ class _Live:
                 continue
             fqn = site.name(local)
             path = fqn.removeprefix(f"{owner}.")
+            if local == MIX:
+                self._mix = self._mix or Mix(value(self.program.constants[fqn]).to(self.device))
+                state.__dict__[path.rpartition(".")[0]] = self._mix
+                specs[local] = self.program.constants[fqn].spec
+                continue
             tensor = getattr(old, path, None) if "." not in path else None
             if not isinstance(tensor, torch.Tensor):
                 tensor = self.tensor(fqn, torch.promote_types(dtype, torch.float32))

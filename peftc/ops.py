@@ -2,8 +2,9 @@
 
 `peftc::grouped_linear` is a linear layer per expert. It is one opaque node to torch.compile and
 torch.export, whatever the number of tokens each expert gets. `peftc::rotate` is a block-diagonal
-matrix, `peftc::skew` and `peftc::cayley` make its blocks, and `peftc::lstm` is a layer of an LSTM;
-torch takes them apart into ATen.
+matrix, `peftc::skew` and `peftc::cayley` make its blocks, `peftc::lstm` is a layer of an LSTM, and
+`peftc::gate` weighs the rows of a batch and `peftc::route` adapters by the input; torch takes them
+apart into ATen.
 `peftc::start` gives the factors that PiSSA and OLoRA take out of a weight.
 """
 
@@ -16,6 +17,8 @@ import torch
 _library: Any = torch.library.Library("peftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rotate(Tensor x, Tensor blocks) -> Tensor")
 _library.define("skew(Tensor entries, int size) -> Tensor")
+_library.define("gate(Tensor mix, int column, Tensor like) -> Tensor")
+_library.define("route(Tensor logits, int? top, int dim) -> Tensor")
 _library.define("lstm(Tensor x, Tensor[] weights) -> Tensor")
 _library.define("cayley(Tensor skew, int terms) -> Tensor")
 
@@ -53,6 +56,30 @@ def _cayley(skew: torch.Tensor, terms: int) -> torch.Tensor:
     return result
 
 
+def _gate(mix: torch.Tensor, column: int, like: torch.Tensor) -> torch.Tensor:
+    """A column of a table (rows, columns), so that it multiplies `like` (batch, …) row by row.
+
+    One row stands for the whole batch; else each stands for as many neighbours, such as the beams
+    of a text or, where these are one dimension, its tokens.
+    """
+    weights = mix.select(1, column)
+    if mix.shape[0] > 1:
+        weights = weights.repeat_interleave(like.shape[0] // mix.shape[0])
+    return weights.view(-1, *(1 for _ in like.shape[1:]))
+
+
+def _route(logits: torch.Tensor, top: int | None, dim: int) -> torch.Tensor:
+    """Weights that sum to one along `dim`: softmax, over the `top` largest alone if that is given.
+
+    As in Shazeer et al. 2017, arXiv:1701.06538, eq. 3–5, without the noise.
+    """
+    if top is not None:
+        kept = torch.zeros_like(logits, dtype=torch.bool)
+        kept = kept.scatter(dim, logits.topk(top, dim).indices, True)
+        logits = logits.masked_fill(~kept, float("-inf"))
+    return logits.softmax(dim)
+
+
 def _lstm(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     """A layer of an LSTM that reads x (length, in) both ways; (length, 2·hidden).
 
@@ -66,6 +93,8 @@ def _lstm(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
 _library.impl("rotate", _rotate, "CompositeImplicitAutograd")
 _library.impl("skew", _skew, "CompositeImplicitAutograd")
 _library.impl("cayley", _cayley, "CompositeImplicitAutograd")
+_library.impl("gate", _gate, "CompositeImplicitAutograd")
+_library.impl("route", _route, "CompositeImplicitAutograd")
 _library.impl("lstm", _lstm, "CompositeImplicitAutograd")
 
 

@@ -143,7 +143,7 @@ def _violations(
     for tied, owner in after.aliases.items():
         one, other = after.constants.get(tied), after.constants.get(owner)
         same = one is before.constants.get(tied), other is before.constants.get(owner)
-        if all(same) or (not any(same) and one and other and one.key == other.key):
+        if all(same) or (one and other and one.key == other.key):
             continue
         changed_one, kept = (owner, tied) if same[0] else (tied, owner)
         errors.append(

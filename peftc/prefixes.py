@@ -116,8 +116,12 @@ def install(
     Raises:
         PassError: The model's attention implementation cannot take a prefix.
     """
-    prefix = Prefix(tensors, attention.heads, attention.key_size)
-    place(model, f"prompt_encoder.{adapter}", prefix)
+    path = f"prompt_encoder.{adapter}"
+    names = {name for name, _ in model.named_modules()}
+    prefix: Any = model.get_submodule(path) if path in names else None
+    if prefix is None:
+        prefix = Prefix(tensors, attention.heads, attention.key_size)
+        place(model, path, prefix)
     modules = [model.get_submodule(name) for name in attention.modules]
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     for config in configs.values():
@@ -134,6 +138,21 @@ def install(
     for name, argument in attention.positions.items():
         shift = Shift(prefix.length, argument)
         model.get_submodule(name).register_forward_pre_hook(shift, with_kwargs=True)
+
+
+def remove(model: nn.Module, attention: Attention) -> None:
+    """Takes the prefix away from where a live model attends; it stays among the parameters."""
+    modules: list[Any] = [model.get_submodule(name) for name in attention.modules]
+    for config in {id(module.config): module.config for module in modules}.values():
+        name = config._attn_implementation.removeprefix(MARK)
+        config._attn_implementation_internal = name
+    for module in (*modules, *(model.get_submodule(name) for name in attention.positions)):
+        module.__dict__.pop("peftc_prefix", None)
+        module.__dict__.pop("compute_bias", None)
+        hooks = module._forward_pre_hooks
+        for number in [n for n, hook in hooks.items() if hook is _guard or isinstance(hook, Shift)]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def keys_and_values(model: nn.Module) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 PROMPTS = "prompt_encoder"  # the module of a live model that has what belongs to no site
+MIX = "adapter_mix.rows"  # the table (rows, adapters) of a site that mixes adapters
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ class Injector(Protocol):
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]: ...
     def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]: ...
     def enliven(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def withdraw(self, model: nn.Module) -> None: ...
     def trains(self, program: Program, sites: list[str]) -> list[str]: ...
     def infix(self, program: Program, fqn: str) -> str: ...
+    def freezes(self, program: Program) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ class Program:
         context: How many positions the model has, where its config says so.
         adapters: What methods added, by name.
         unfolded: For each folded site, what it was.
+        mixed: The adapters among which each row of a batch chooses, if any: the columns of `MIX`.
         fused: The sites whose LoRA is to be computed with their quantized weight by one operator.
         journal: What was done.
     """
@@ -198,6 +202,7 @@ class Program:
     context: int | None = None
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     unfolded: Mapping[str, Unfolded] = field(default_factory=dict)
+    mixed: tuple[str, ...] = ()
     fused: frozenset[str] = frozenset()
     journal: tuple[Entry, ...] = ()
 
@@ -305,6 +310,9 @@ class Program:
             constants |= {site.name(local): c for local, c in editor.held.items()}
             frozen |= {site.name(local) for local in editor.held}
             constants |= {site.name(local): c for local, c in editor.rebound.items()}
+            for local, other in editor.ties.items():
+                owner = site.name(other)
+                aliases[site.name(local)] = aliases.get(owner, owner)
         if method.prefixed:
             own_names = {key: f"{PROMPTS}.{method.adapter}.{key}" for key in shared}
             constants |= {own_names[key]: constant for key, constant in shared.items()}
@@ -329,6 +337,9 @@ class Program:
             method.adapter, method.peft_config(), tensors, frozenset(frozen), tuple(names), method
         )
         adapters = {**self.adapters, adapter.name: adapter}
+        for name in method.freezes(self):
+            held = frozenset(self.adapters[name].tensors.values())
+            adapters[name] = replace(adapters[name], frozen=adapters[name].frozen | held)
         return self.rewrite(sites, constants, adapters=adapters, aliases=aliases)
 
     def without(self, fqns: Iterable[str]) -> Program:

@@ -29,6 +29,7 @@ PASSES = {
     "trainable_tokens": "peftc.passes.tokens:TrainableTokens",
     "prompt_tuning": "peftc.passes.prompt_tuning:PromptTuning",
     "p_tuning": "peftc.passes.p_tuning:PTuning",
+    "router": "peftc.passes.router:Router",
     "nf4": "peftc.passes.nf4:Nf4",
     "dequantize": "peftc.passes.dequantize:Dequantize",
     "fuse": "peftc.passes.fuse:Fuse",

@@ -12,6 +12,7 @@ from torch import fx
 from peftc import graphs
 from peftc.constants import Constant, Distribution, Initial
 from peftc.errors import SAVE_AGAIN, AdapterError
+from peftc.evaluate import value
 from peftc.graphs import Builder, Spec, aten
 from peftc.kinds import EmbeddingKind, ExpertsKind, Kind
 
@@ -105,6 +106,7 @@ class SiteEditor(Builder):
         self.created: dict[str, Constant] = {}
         self.frozen: dict[str, str | None] = {}
         self.rebound: dict[str, Constant] = {}
+        self.ties: dict[str, str] = {}
         self.dropouts = dict(site.dropouts)
         self._output = next(n for n in self.graph.nodes if n.op == "output")
         self.graph.inserting_before(self._output)
@@ -256,6 +258,18 @@ class SiteEditor(Builder):
         else:
             self.frozen[local] = name if saved else None
         return self.const(local)
+
+    def tie(self, name: str, adapter: str) -> None:
+        """Makes a parameter one with that of another adapter, where this site has that.
+
+        A given one has to be equal to it already.
+        """
+        own, other = local_name(name, self.adapter), local_name(name, adapter)
+        if other not in self.bound:
+            return
+        if self.given is None or value(self.given[own]).equal(value(self.bound[other])):
+            self.created[own] = self.bound[other]
+            self.ties[own] = other
 
     def hold(self, name: str, constant: Constant) -> fx.Node:
         """A constant that is a part of the method and not of its files, such as an index."""

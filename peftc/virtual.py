@@ -179,6 +179,12 @@ def put_before(model: nn.Module, first: int, count: int, rule: Positions) -> Non
     model.__class__ = virtual_class(cls, tokens)
 
 
+def take_back(model: nn.Module) -> None:
+    """Makes a live model put no virtual tokens before its inputs any more."""
+    if "virtual_tokens" in vars(type(model)):
+        model.__class__ = type(model).__base__  # type: ignore[assignment]
+
+
 def longest(model: nn.Module, start: int) -> int | None:
     """How many positions a model has learned vectors of, the first of which is at start."""
     config: Any = getattr(model, "config", None)

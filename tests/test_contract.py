@@ -63,7 +63,7 @@ def make(base: Path, adapter: MakeAdapter) -> Make:
 def program(name: str, base: Path) -> Program:
     """What the pass works on: a plain model, or one with an adapter for passes that need it."""
     plain = capture(base)
-    if not simplifies(name) and name != "combine":
+    if not simplifies(name) and name not in ("combine", "router"):
         return plain
     # Trained weights: with a fresh adapter folding would change nothing.
     loras = [Lora(rank=3, adapter=adapter) for adapter in "ab"]

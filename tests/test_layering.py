@@ -17,12 +17,13 @@ ROOMS = ("kernels", "passes", "exporters")
 ORDER = [
     "errors", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants", "reading",
     "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets", "contract",
-    "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
-    "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing", "structure",
-    "storage", "artifact", "early", "link", "fusing", "functions", "surrounding", "live", "virtual",
-    "constant_cache", "prefixes", "optimizer_groups", "witness", "proof", "spectra", "analysis",
-    "survival", "kernels", "passes", "exporters", "recipe", "merging", "api", "terminal",
-    "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli", "__main__",
+    "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "mixing",
+    "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing",
+    "structure", "storage", "artifact", "early", "link", "fusing", "functions", "surrounding",
+    "live", "switching", "virtual", "constant_cache", "prefixes", "optimizer_groups", "witness",
+    "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe",
+    "merging", "api", "terminal", "inspection", "analysis_view", "demo_model", "demo",
+    "cli_options", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
@@ -32,7 +33,8 @@ TORCH_FREE = [
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
     "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
     "passes.prompt_tuning", "passes.p_tuning",
-    "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
+    "passes.router", "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge",
+    "passes.untie",
     "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
     "demo_model",
 ]  # fmt: skip
