@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from peftc.analysis import SiteAnalysis, analyse
     from peftc.api import apply, export, load, verify
     from peftc.artifact import Artifact
+    from peftc.callbacks import callback, schedule
     from peftc.capturing import capture
     from peftc.constant_cache import ConstantCache
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
+    from peftc.evaluation import Scores, score
     from peftc.exporters.to_adapterhub import to_adapterhub
     from peftc.exporters.to_cache import to_cache
     from peftc.exporters.to_peft import to_peft
@@ -34,15 +36,19 @@ if TYPE_CHECKING:
     from peftc.program import Program
     from peftc.recipe import Recipe
     from peftc.switching import Adapters
+    from peftc.training import tune
+    from peftc.tuning import Evaluation, Tuning
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
     "api": ("apply", "export", "load", "verify"),
     "artifact": ("Artifact",),
+    "callbacks": ("callback", "schedule"),
     "capturing": ("capture",),
     "constant_cache": ("ConstantCache",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
+    "evaluation": ("Scores", "score"),
     "exporters.to_adapterhub": ("to_adapterhub",),
     "exporters.to_cache": ("to_cache",),
     "exporters.to_peft": ("to_peft",),
@@ -61,16 +67,18 @@ _HOMES = {
     "program": ("Program",),
     "recipe": ("Recipe",),
     "switching": ("Adapters",),
+    "training": ("tune",),
+    "tuning": ("Evaluation", "Tuning"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Fold", "Lora", "Merge",
-    "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis",
-    "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
-    "optimizer_groups", "restore_base", "to_adapterhub", "to_cache", "to_peft", "to_safetensors",
-    "together", "verify",
+    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
+    "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
+    "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
+    "capture", "export", "load", "materialize", "optimizer_groups", "restore_base", "schedule",
+    "score", "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "together", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,8 +102,33 @@ def apply(
     Raises:
         PeftcError: A pass cannot run, or the target cannot be written.
     """
-    target = Path(target)
     program = Pipeline(passes).run(load(base, progress), progress)
+    return write_applied(program, target, overwrite=overwrite, progress=progress)
+
+
+def write_applied(
+    program: Program,
+    target: str | Path,
+    *,
+    files: Mapping[str, bytes] | None = None,
+    remarks: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Artifact:
+    """Writes what passes made of a checkpoint; see `apply`.
+
+    Args:
+        program: What passes made, fresh or trained.
+        target: A directory that does not exist.
+        files: What else the directory is to hold.
+        remarks: What else its manifest is to say.
+        overwrite: Replace an artifact that peftc wrote there.
+        progress: Told of every byte.
+
+    Raises:
+        ArtifactError: The passes changed nothing, or the target cannot be written.
+    """
+    target = Path(target)
     trained, edits = program.trainable, edited(program)
     rewritten = program.rewritten
     names = list(program.adapters)
@@ -127,7 +152,9 @@ def apply(
         own = str(target.absolute() / "base") if written else None
         for name, place in places.items():
             write_adapter(program, name, stage, f"{place}/", own)
-        stage.publish(manifest(program, "apply", adapters=places, proof=proof))
+        for name, content in (files or {}).items():
+            stage.add(name, content)
+        stage.publish(manifest(program, "apply", adapters=places, proof=proof, **(remarks or {})))
     return Artifact.open(target)
 
 

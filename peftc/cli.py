@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ import click
 
 from peftc import __version__, registry
 from peftc.cli_options import PassGroup, adapters, describe
-from peftc.errors import PeftcError
+from peftc.cli_options import common as _common
+from peftc.cli_options import needed as _needed
+from peftc.cli_options import output as _output
+from peftc.cli_tune import evaluate, tune
+from peftc.errors import PeftcError, RecipeError
 from peftc.terminal import Terminal, hush
 
 PROOFS = click.Choice(["auto", "sites", "whole"])
@@ -27,26 +31,8 @@ def cli() -> None:
     """
 
 
-def _common(command: Callable[..., Any]) -> Callable[..., Any]:
-    quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
-    as_json = click.option("--json", "as_json", is_flag=True, help="Data on stdout as JSON.")
-    return quiet(as_json(command))
-
-
-def _output(command: Callable[..., Any]) -> Callable[..., Any]:
-    out = click.option(
-        "-o", "--output", "target", type=click.Path(path_type=Path), help="Directory to write."
-    )
-    overwrite = click.option(
-        "--overwrite", is_flag=True, help="Replace an artifact that peftc wrote there."
-    )
-    return out(overwrite(command))
-
-
-def _needed(target: Path | None) -> Path:
-    if target is None:
-        raise click.UsageError("Missing option '-o' / '--output'.")
-    return target
+cli.add_command(tune)
+cli.add_command(evaluate)
 
 
 @cli.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="PASS...")
@@ -84,7 +70,13 @@ def _apply(
     if recipe is not None:
         if steps:
             raise click.UsageError("Give passes or --recipe, not both.")
-        passes = Recipe.load(recipe).build(str(recipe))
+        loaded = Recipe.load(recipe)
+        if loaded.tune is not None:
+            raise RecipeError(
+                "says how to train, which apply does not", where=str(recipe),
+                fix=f"peftc tune {base} -o {target} --recipe {recipe}",
+            )  # fmt: skip
+        passes = loaded.build(str(recipe))
     elif steps:
         passes = build(steps, "peftc apply")
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -12,16 +13,43 @@ from peftc import registry
 from peftc.errors import PassError, did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
     from peftc.contract import Pass
 
 
-def _options_first(command: click.Command, args: list[str]) -> list[str]:
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command."""
+    quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Data on stdout as JSON.")
+    return quiet(as_json(command))
+
+
+def output(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that writes an artifact."""
+    out = click.option(
+        "-o", "--output", "target", type=click.Path(path_type=Path), help="Directory to write."
+    )
+    overwrite = click.option(
+        "--overwrite", is_flag=True, help="Replace an artifact that peftc wrote there."
+    )
+    return out(overwrite(command))
+
+
+def needed(target: Path | None) -> Path:
+    """The target, which a group cannot ask for itself: `apply BASE PASS --help` has none."""
+    if target is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    return target
+
+
+def _options_first(ctx: click.Context, args: list[str]) -> list[str]:
     """The command's options moved before its one argument."""
-    valued = {o for p in command.params if isinstance(p, click.Option) and not p.is_flag
+    parameters = ctx.command.get_params(ctx)
+    valued = {o for p in parameters if isinstance(p, click.Option) and not p.is_flag
               for o in p.opts}  # fmt: skip
-    wanted = sum(isinstance(p, click.Argument) for p in command.params)
+    wanted = sum(isinstance(p, click.Argument) for p in parameters)
     options: list[str] = []
     positional: list[str] = []
     end = 0
@@ -42,7 +70,7 @@ class _PassCommand(click.Command):
     """A pass as a command, whose options may stand behind its argument."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _options_first(self, args))
+        return super().parse_args(ctx, _options_first(ctx, args))
 
 
 class PassGroup(click.Group):
@@ -50,7 +78,7 @@ class PassGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Lets the group's options stand behind its argument: `apply BASE -o OUT PASS …`."""
-        return super().parse_args(ctx, _options_first(self, args))
+        return super().parse_args(ctx, _options_first(ctx, args))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -69,8 +97,8 @@ class PassGroup(click.Group):
         cls = registry.load(name)
         return _PassCommand(
             name,
-            params=[_parameter(cls, field, info) for field, info in cls.model_fields.items()],
-            callback=lambda **options: (name, _given(cls, options)),
+            params=parameters(cls, cls.positional),
+            callback=lambda **options: (name, given(options)),
             help=cls.__doc__,
         )
 
@@ -104,9 +132,15 @@ def adapters(given: tuple[str, ...]) -> list[tuple[str, float]]:
     return chosen
 
 
-def _parameter(cls: type[Pass], name: str, info: FieldInfo) -> click.Parameter:
-    if name == cls.positional:
-        return click.Argument([name])
+def parameters(cls: type[BaseModel], positional: str | None = None) -> list[click.Parameter]:
+    """A command's parameters: one for each field."""
+    return [
+        click.Argument([name]) if name == positional else _option(name, info)
+        for name, info in cls.model_fields.items()
+    ]
+
+
+def _option(name: str, info: FieldInfo) -> click.Option:
     kind = _plain(info)
     flag = f"--{name.replace('_', '-')}"
     default = None if info.is_required() else info.default
@@ -123,9 +157,9 @@ def _parameter(cls: type[Pass], name: str, info: FieldInfo) -> click.Parameter:
     return click.Option([flag], type=types_known.get(kind, click.STRING), help=text)
 
 
-def _given(cls: type[Pass], options: Mapping[str, Any]) -> dict[str, Any]:
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given; `NAME=VALUE` pairs as mappings."""
-    given: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in options.items():
         if value is None or value == ():
             continue
@@ -133,10 +167,10 @@ def _given(cls: type[Pass], options: Mapping[str, Any]) -> dict[str, Any]:
             pairs = [pair.rpartition("=") for text in value for pair in text.split(",")]
             if bad := [tail for head, _, tail in pairs if not head]:
                 raise click.UsageError(f"--{name.replace('_', '-')}: {bad[0]!r} is not NAME=VALUE.")
-            given[name] = {head: tail for head, _, tail in pairs}
+            found[name] = {head: tail for head, _, tail in pairs}
         else:
-            given[name] = value
-    return given
+            found[name] = value
+    return found
 
 
 def _plain(info: FieldInfo) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftc.constants import Constant
-    from peftc.program import Program
+    from peftc.program import Program, Schedule
     from peftc.sites import SiteEditor
 
 
@@ -232,6 +232,16 @@ class Method(Targets, Pass):
             model: Its sites are in place already.
             tensors: Of a prefixed method: those that belong to the model as a whole.
         """
+
+    def schedule(self, program: Program, model: nn.Module, total_steps: int) -> Schedule | None:
+        """What the training loop does for this method beside its own steps, if anything.
+
+        Args:
+            program: What the model was materialized from.
+            model: The live model.
+            total_steps: How many steps the optimizer will take.
+        """
+        return None
 
     def withdraw(self, model: nn.Module) -> None:
         """Takes back what `enliven` did, if it did; the model keeps its tensors."""

@@ -76,6 +76,22 @@ class Source(Protocol):
         """Where it attends to its text, where that can be found out."""
 
 
+class Schedule(Protocol):
+    """What a method has a training loop do."""
+
+    def loss(self, model: nn.Module) -> torch.Tensor | None:
+        """What is added to the training loss, once an optimizer step."""
+
+    def step(self, model: nn.Module, number: int) -> None:
+        """What follows an optimizer step, before its gradients are cleared; the first is 1."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a run that goes on later needs to go on as it would have."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes up what `state_dict` gave."""
+
+
 class Injector(Protocol):
     """What `Program.inject` needs of a method (see `peftc.contract.Method`)."""
 
@@ -95,6 +111,7 @@ class Injector(Protocol):
     def common(self, program: Program, sites: Sequence[str]) -> dict[str, Constant]: ...
     def written(self, tensors: Mapping[str, Constant]) -> Mapping[str, Constant]: ...
     def enliven(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def schedule(self, program: Program, model: nn.Module, total_steps: int) -> Schedule | None: ...
     def withdraw(self, model: nn.Module) -> None: ...
     def trains(self, program: Program, sites: list[str]) -> list[str]: ...
     def infix(self, program: Program, fqn: str) -> str: ...

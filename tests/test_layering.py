@@ -15,28 +15,28 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
-    "errors", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants", "reading",
-    "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets", "contract",
+    "errors", "extras", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants",
+    "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets",
+    "contract", "tuning", "examples", "token_rows", "scoring", "sources", "memory", "curve",
     "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "mixing",
     "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing",
-    "structure", "storage", "artifact", "early", "link", "fusing", "functions", "surrounding",
-    "live", "switching", "virtual", "constant_cache", "prefixes", "optimizer_groups", "witness",
-    "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe",
-    "merging", "api", "terminal", "inspection", "analysis_view", "demo_model", "demo",
-    "cli_options", "cli", "__main__",
+    "structure", "storage", "artifact", "runs", "early", "link", "fusing", "functions",
+    "surrounding", "live", "switching", "virtual", "constant_cache", "prefixes", "optimizer_groups",
+    "callbacks", "tuner", "witness", "proof", "spectra", "analysis", "survival", "kernels",
+    "passes", "exporters", "recipe", "merging", "api", "training", "evaluation", "terminal",
+    "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli_tune", "cli",
+    "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
-    "errors", "progress", "safetensors_file", "checkpoint", "targets", "contract", "registry",
-    "recipe", "artifact", "early", "terminal", "inspection", "cli_options", "cli", "passes.lora",
-    "passes.dora", "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit",
-    "adapterhub", "passes.bottleneck", "passes.placement",
-    "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
-    "passes.attach", "passes.combine", "passes.fold", "passes.joint", "passes.merge",
-    "passes.prompt_tuning", "passes.p_tuning",
-    "passes.router", "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge",
-    "passes.untie",
-    "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
-    "demo_model",
+    "errors", "extras", "progress", "safetensors_file", "checkpoint", "targets", "contract",
+    "tuning", "examples", "runs", "curve", "cli_tune", "registry", "recipe", "artifact", "early",
+    "terminal", "inspection", "cli_options", "cli", "passes.lora", "passes.dora", "passes.adalora",
+    "passes.vera", "passes.ia3", "passes.bitfit", "adapterhub", "passes.bottleneck",
+    "passes.placement", "passes.layernorm", "passes.full", "passes.loha", "passes.lokr",
+    "passes.oft", "passes.boft", "passes.attach", "passes.combine", "passes.fold", "passes.joint",
+    "passes.merge", "passes.prompt_tuning", "passes.p_tuning", "passes.router", "passes.nf4",
+    "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
+    "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning", "demo_model",
 ]  # fmt: skip
 SOURCES = sorted(
     [

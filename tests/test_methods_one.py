@@ -319,7 +319,8 @@ def test_method_that_cannot_run_is_refused(
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("adalora", {"tinit": 600, "tfinal": 400}), ("adalora", {"rank_pattern": {"q": [True]}}),
+        ("adalora", {"tinit": 600, "tfinal": 400, "total_step": 1000}),
+        ("adalora", {"rank_pattern": {"q": [True]}}),
         ("vera", {"rank": 0}), ("vera", {"bias": "lora_only"}), ("ia3", {"feedforward": "("}),
         ("dora", {"dropout": 1.0}), ("layernorm", {"targets": "("}),
     ],

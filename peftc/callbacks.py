@@ -1,0 +1,157 @@
+"""What methods have a training loop do, for any loop and for transformers' Trainer.
+
+Most methods have it do nothing. AdaLoRA prunes ranks while it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from peftc.errors import CheckpointError
+from peftc.program import Program, Schedule
+
+STATE = "peftc_schedule.safetensors"  # in a checkpoint's folder
+
+
+class Schedules:
+    """The schedules of all adapters of a program, as one.
+
+    Attributes:
+        by_adapter: Those there are, by the names of their adapters.
+    """
+
+    def __init__(self, by_adapter: Mapping[str, Schedule]) -> None:
+        self.by_adapter = dict(by_adapter)
+
+    def loss(self, model: nn.Module) -> torch.Tensor | None:
+        """What is added to the training loss, once an optimizer step."""
+        losses = (schedule.loss(model) for schedule in self.by_adapter.values())
+        found = [loss for loss in losses if loss is not None]
+        return torch.stack(found).sum() if found else None
+
+    def step(self, model: nn.Module, number: int) -> None:
+        """What follows an optimizer step, before its gradients are cleared; the first is 1."""
+        for schedule in self.by_adapter.values():
+            schedule.step(model, number)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a run that goes on later needs."""
+        return {
+            f"{name}/{key}": tensor
+            for name, schedule in self.by_adapter.items()
+            for key, tensor in schedule.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes up what `state_dict` gave."""
+        for name, schedule in self.by_adapter.items():
+            own = f"{name}/"
+            schedule.load_state_dict(
+                {key.removeprefix(own): t for key, t in state.items() if key.startswith(own)}
+            )
+
+
+def schedule(program: Program, model: nn.Module, total_steps: int) -> Schedules:
+    """What the methods of a program's adapters have a training loop do.
+
+    In a loop: add `loss(model)` to the loss, unless it is None; and after each step of the
+    optimizer, before its gradients are cleared, call `step(model, number)` with 1 for the first.
+
+    Args:
+        program: What the model was materialized from.
+        model: The live model.
+        total_steps: How many steps the optimizer will take.
+
+    Raises:
+        PassError: A method's options do not go with so many steps.
+    """
+    found = {
+        name: adapter.method.schedule(program, model, total_steps)
+        for name, adapter in program.adapters.items()
+        if adapter.method is not None
+    }
+    return Schedules({name: one for name, one in found.items() if one is not None})
+
+
+class ScheduleCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Has transformers' Trainer do what a program's methods ask for; see `callback`.
+
+    Attributes:
+        schedules: What is done; None before the training begins.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.schedules: Schedules | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Takes the training's length from the Trainer, and goes on where a resumed run was."""
+        self.schedules = schedule(self.program, model, state.max_steps)
+        if state.global_step and self.schedules.by_adapter:
+            self.schedules.load_state_dict(_read(_folder(args, state) / STATE))
+
+    def on_step_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Puts the gradients of what is added to the loss before those of the batches.
+
+        They depend on no batch: so they are had once a step, whatever the accumulation, and are
+        clipped with the others.
+        """
+        assert self.schedules is not None
+        if (loss := self.schedules.loss(model)) is not None:
+            scaler = getattr(optimizer, "scaler", None)  # of fp16, by which the others are scaled
+            (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """The gradients are still there."""
+        assert self.schedules is not None
+        self.schedules.step(model, state.global_step + 1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keeps what a resumed run needs in the Trainer's checkpoint."""
+        assert self.schedules is not None
+        if self.schedules.by_adapter and state.is_world_process_zero:
+            save_file(self.schedules.state_dict(), _folder(args, state) / STATE)
+
+
+def callback(program: Program) -> ScheduleCallback:
+    """The one callback that transformers' Trainer needs for AdaLoRA; for others it does nothing.
+
+    Args:
+        program: What the Trainer's model was materialized from.
+    """
+    return ScheduleCallback(program)
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)  # type: ignore[no-any-return]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the state of the adapters' schedule cannot be read: {error}",
+            where=str(file),
+            fix="resume from a checkpoint that was written with peftc.callback, in its folder",
+        ) from error
