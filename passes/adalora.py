@@ -125,6 +125,12 @@ class AdaLora(Method):
             fix="raise init_r, or lower target_r; for fixed ranks use lora",
         )
 
+    def _phases(self, total: int) -> tuple[int, int, int]:
+        """tinit, tfinal and delta_t of a training of so many steps, about as the paper has them."""
+        first = total // 10 if self.tinit is None else self.tinit
+        final = total // 2 if self.tfinal is None else self.tfinal
+        return first, final, max(1, total // 500) if self.delta_t is None else self.delta_t
+
     def schedule(self, program: Program, model: nn.Module, total_steps: int) -> Schedule:
         """The orthogonality of A and B, and the budget of ranks.
 
@@ -138,8 +144,8 @@ class AdaLora(Method):
             raise self._nothing_to_prune()
         sites = program.adapters[self.adapter].sites
         total = self.total_step or total_steps
-        first = total // 10 if self.tinit is None else self.tinit
-        last = total - (total // 2 if self.tfinal is None else self.tfinal)
+        first, final, every = self._phases(total)
+        last = total - final
         if total > total_steps or first >= last:
             raise PassError(
                 f"its ranks are to be pruned from step {first} to step {last}, and the training "
@@ -149,7 +155,6 @@ class AdaLora(Method):
                 "or train longer",
             )
         start = sum(sum(self.rank_pattern.get(fqn, [True] * self.init_r)) for fqn in sites)
-        every = max(1, total // 500) if self.delta_t is None else self.delta_t
         budget = Budget(start, min(start, self.final_r * len(sites)), first, last, every)
         return RankSchedule(self, model, sites, budget)
 
@@ -158,15 +163,15 @@ class AdaLora(Method):
         return list(dict.fromkeys((*super().trains(program, sites), *biases)))
 
     def peft_config(self) -> dict[str, Any]:
-        first, last = self.tinit or 0, self.tfinal or 0
+        # PEFT takes no config without a length: one too short for anything stands for none.
+        first, final, every = self._phases(self.total_step or 0)
         return {
             **super().peft_config(),
             "target_r": self.final_r,
             "tinit": first,
-            "tfinal": last,
-            "deltaT": self.delta_t or 1,
-            # PEFT takes no config without it: a training too short for anything stands for none.
-            "total_step": self.total_step or first + last + 1,
+            "tfinal": final,
+            "deltaT": every,
+            "total_step": self.total_step or first + final + 1,
             "lora_alpha": self.init_r if self.alpha is None else self.alpha,
             "rank_pattern": {f"{n}.lora_E": k for n, k in self.rank_pattern.items()} or None,
         }

@@ -71,6 +71,14 @@ class RankSchedule:
         self, method: AdaLora, model: nn.Module, sites: Sequence[str], budget: Budget
     ) -> None:
         self.method, self.sites, self.budget = method, list(sites), budget
+        if any(
+            "_fsdp_" in name or hasattr(p, "placements") for name, p in model.named_parameters()
+        ):
+            raise PassError(
+                "the model's parameters are sharded, and a rank's importance needs all of its own",
+                where=f"adapter {method.adapter}",
+                fix="train with data parallelism alone, or use lora and prune_ranks afterwards",
+            )
         known = {
             name.removeprefix("module.").replace("_orig_mod.", ""): parameter
             for name, parameter in model.named_parameters()
@@ -97,21 +105,20 @@ class RankSchedule:
 
     def loss(self, model: nn.Module) -> Tensor | None:
         """The weight times the mean over all A and B of ‖A·Aᵀ − I‖_F and ‖Bᵀ·B − I‖_F."""
+        weight = self.method.orth_reg_weight
+        if weight == 0:
+            return None
         matrices = [*self._of("lora_A"), *(b.t() for b in self._of("lora_B"))]
         alike: dict[torch.Size, list[Tensor]] = {}  # few large products in the place of many small
         for matrix in matrices:
             alike.setdefault(matrix.shape, []).append(matrix)
-        total: Tensor | None = None
-        if self.method.orth_reg_weight == 0:
-            return total
+        norms = []
         with torch.autocast(matrices[0].device.type, enabled=False):
             for shape, group in alike.items():
                 stack = torch.stack(group)
                 off = stack @ stack.mT - torch.eye(shape[0], device=stack.device)
-                norms = torch.linalg.matrix_norm(off).sum()
-                total = norms if total is None else total + norms
-        assert total is not None
-        return total * (self.method.orth_reg_weight / len(matrices))
+                norms.append(torch.linalg.matrix_norm(off))
+        return torch.cat(norms).mean() * weight
 
     @torch.no_grad()
     def step(self, model: nn.Module, number: int) -> None:
@@ -161,7 +168,7 @@ class RankSchedule:
         sizes = torch._foreach_norm(gradients)
         if not torch.stack(sizes).isfinite().all():
             return  # they overflowed, and the gradient scaler skipped the step
-        sensitivity = torch._foreach_mul(self._parameters, gradients)  # type: ignore[arg-type]
+        sensitivity = torch._foreach_mul(self._parameters, gradients)
         torch._foreach_abs_(sensitivity)
         torch._foreach_mul_(self._smooth, self.method.beta1)
         torch._foreach_add_(self._smooth, sensitivity, alpha=1 - self.method.beta1)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from peftc.contract import AdapterName, Effect, Pass, PassResult
 from peftc.errors import PassError, PeftcError, did_you_mean, raise_all
-from peftc.passes.joint import Joint, truncated, with_joint
+from peftc.passes.joint import Joint, in_place_of, truncated
 from peftc.targets import Names
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ class Combine(Pass):
         measured = {"deviation_from_weighted_sum": {f: site.deviation for f, site in made.items()}}
         if cut := {f: site.truncation for f, site in made.items() if site.truncation is not None}:
             measured["truncation_error"] = cut
-        return PassResult(self._stacked(program, names, made), True, measured)
+        return PassResult(in_place_of(program, names, self.name, made), True, measured)
 
     def names(self, program: Program) -> list[str]:
         """The adapters that are combined."""
@@ -226,16 +225,3 @@ class Combine(Pass):
         build.graph.output(total)
         bound = {f"c{i}": parts[name] for i, name in enumerate(sorted(parts))}
         return derive(build.graph, bound, torch.float32)
-
-    def _stacked(self, program: Program, names: list[str], made: Mapping[str, Joint]) -> Program:
-        """The program with the new adapter where the first of the combined ones stood."""
-        from peftc.deltas import again, alone
-
-        order = list(program.adapters)
-        first = min(map(order.index, names))
-        before = [name for name in order[:first] if name not in names]
-        after = [name for name in order[first:] if name not in names]
-        result = with_joint(alone(program, before), self.name, made)
-        result = again(result, program, after)
-        kept = {n: program.adapters[n] for n in (*before, *after)}
-        return replace(result, adapters={**result.adapters, **kept})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,25 @@ def with_joint(program: Program, name: str, made: Mapping[str, Joint]) -> Progra
     if whole or biased:  # of these tensors, some only stand in the file
         adapter = replace(adapter, frozen=frozenset(adapter.tensors.values()))
     return replace(result, adapters={**result.adapters, name: adapter})
+
+
+def in_place_of(
+    program: Program, names: Sequence[str], name: str, made: Mapping[str, Joint]
+) -> Program:
+    """The program with a new adapter where the first of those that it replaces stood.
+
+    One that adds nothing at any site is left out.
+    """
+    from peftc.deltas import again, alone
+
+    order = list(program.adapters)
+    first = min(map(order.index, names))
+    before = [other for other in order[:first] if other not in names]
+    after = [other for other in order[first:] if other not in names]
+    result = alone(program, before)
+    result = again(with_joint(result, name, made) if made else result, program, after)
+    kept = {n: program.adapters[n] for n in (*before, *after)}
+    return replace(result, adapters={**result.adapters, **kept})
 
 
 def _zeros(program: Program, fqn: str) -> Constant:

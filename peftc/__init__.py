@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peftc.analysis import SiteAnalysis, analyse
     from peftc.api import apply, export, load, verify
     from peftc.artifact import Artifact
-    from peftc.callbacks import callback, schedule
+    from peftc.callbacks import callback
     from peftc.capturing import capture
     from peftc.constant_cache import ConstantCache
     from peftc.contract import Effect, Method, Pass, PassResult
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from peftc.passes.unmerge import Unmerge
     from peftc.pipeline import Pipeline
     from peftc.program import Program
+    from peftc.ranks_view import plot_ranks
     from peftc.recipe import Recipe
+    from peftc.schedules import schedule
     from peftc.switching import Adapters
     from peftc.training import tune
     from peftc.tuning import Evaluation, Tuning
@@ -43,7 +45,7 @@ _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
     "api": ("apply", "export", "load", "verify"),
     "artifact": ("Artifact",),
-    "callbacks": ("callback", "schedule"),
+    "callbacks": ("callback",),
     "capturing": ("capture",),
     "constant_cache": ("ConstantCache",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
@@ -65,7 +67,9 @@ _HOMES = {
     "passes.unmerge": ("Unmerge",),
     "pipeline": ("Pipeline",),
     "program": ("Program",),
+    "ranks_view": ("plot_ranks",),
     "recipe": ("Recipe",),
+    "schedules": ("schedule",),
     "switching": ("Adapters",),
     "training": ("tune",),
     "tuning": ("Evaluation", "Tuning"),
@@ -77,8 +81,9 @@ __all__ = [
     "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
-    "capture", "export", "load", "materialize", "optimizer_groups", "restore_base", "schedule",
-    "score", "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "together", "tune", "verify",
+    "capture", "export", "load", "materialize", "optimizer_groups", "plot_ranks", "restore_base",
+    "schedule", "score", "to_adapterhub", "to_cache", "to_peft", "to_safetensors", "together",
+    "tune", "verify",
 ]  # fmt: skip
 
 

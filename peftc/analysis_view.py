@@ -168,6 +168,15 @@ def plot(found: Sequence[SiteAnalysis], path: Path) -> None:
         _similarity(figure, axes[3], pairs)
     else:
         _spectra(axes[3], lines, colours)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG, all of it or nothing.
+
+    Raises:
+        ArtifactError: The file cannot be written.
+    """
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     try:

@@ -98,6 +98,10 @@ class CheckpointSource:
         module: nn.Module = model.eval()
         return module
 
+    def skeleton(self) -> nn.Module:
+        model: nn.Module = skeleton(self.checkpoint)
+        return model
+
     def layout(self) -> list[OutputFile]:
         groups = parts_of(self.checkpoint.tensors)
         parts = {name for names in groups.values() for name in names}
@@ -128,7 +132,7 @@ class CheckpointSource:
 
     @cached_property
     def _attention(self) -> Attention | None:
-        return find(skeleton(self.checkpoint))
+        return find(self.skeleton())
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,12 @@ class ModuleSource:
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
         """A copy of the module, in eval mode."""
         return copy.deepcopy(self.module).to(dtype=dtype).eval()
+
+    def skeleton(self) -> nn.Module:
+        made: dict[int, Any] = {id(x): x.to("meta") for x in self.module.buffers()}
+        for x in self.module.parameters():
+            made[id(x)] = nn.Parameter(x.detach().to("meta"), x.requires_grad)
+        return copy.deepcopy(self.module, made)
 
     def layout(self) -> list[OutputFile]:
         outline = outline_of(self.module)

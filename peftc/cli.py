@@ -15,8 +15,9 @@ from peftc.cli_options import PassGroup, adapters, describe
 from peftc.cli_options import common as _common
 from peftc.cli_options import needed as _needed
 from peftc.cli_options import output as _output
+from peftc.cli_plan import plan
 from peftc.cli_tune import evaluate, tune
-from peftc.errors import PeftcError, RecipeError
+from peftc.errors import PeftcError, RecipeError, located, raise_all
 from peftc.terminal import Terminal, hush
 
 PROOFS = click.Choice(["auto", "sites", "whole"])
@@ -31,6 +32,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(plan)
 cli.add_command(tune)
 cli.add_command(evaluate)
 
@@ -193,12 +195,17 @@ def export(
     "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the analysis."
 )
 @click.option("--limit", type=click.IntRange(1), help="Show only so many sites that change most.")
+@click.option(
+    "--prune", "budget", type=click.IntRange(1), metavar="RANKS",
+    help="What each site would lose if the pass prune_ranks left so many ranks.",
+)  # fmt: skip
 @_common
 def inspect(
     src: str,
     given: tuple[str, ...],
     plot: Path | None,
     limit: int | None,
+    budget: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -210,8 +217,14 @@ def inspect(
     \b
       peftc inspect BASE --adapter DIR               rank, size and spectrum of each change
       peftc inspect BASE --adapter A --adapter B     the same, and the two compared
+      peftc inspect ADAPTER --prune 256              the error of leaving 256 ranks in all
     """  # noqa: D301  # click wants the character, which a raw string would not hold
     terminal = Terminal(as_json, quiet)
+    if budget is not None:
+        if limit:
+            raise click.UsageError("--limit goes with an analysis, and --prune is none.")
+        _show_pruning(src, given, budget, plot, terminal)
+        return
     if not given:
         if plot or limit:
             raise click.UsageError("--plot and --limit need an --adapter.")
@@ -232,6 +245,32 @@ def inspect(
         analysis_view.plot(found, plot)
         terminal.wrote(plot)
     analysis_view.show(found, terminal, limit)
+
+
+def _show_pruning(
+    src: str, given: tuple[str, ...], budget: int, plot: Path | None, terminal: Terminal
+) -> None:
+    """What `prune_ranks` would do, before it is done."""
+    from peftc import ranks_view
+    from peftc.analysis_view import ready_to_plot
+
+    if plot:
+        ready_to_plot(plot)
+    from peftc.api import load
+    from peftc.passes.prune_ranks import PruneRanks, total_error
+    from peftc.pipeline import Pipeline
+    from peftc.recipe import build
+
+    with terminal.progress() as progress:
+        attach = build([("attach", {"path": path}) for path in given], "--adapter")
+        program = Pipeline(attach).run(load(src), progress)
+    pruning = PruneRanks(budget=budget)
+    raise_all(located(pruning.check(program), src))
+    found = pruning.outlook(program)
+    if plot:
+        ranks_view.plot_ranks({one.site: one.left for one in found}, plot)
+        terminal.wrote(plot)
+    ranks_view.show(found, total_error(found), terminal)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -189,3 +190,24 @@ def _type_name(info: FieldInfo) -> str:
     if get_origin(kind) is dict:
         return "NAME=VALUE"
     return str(getattr(kind, "__name__", "text")).replace("str", "text")
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A size such as 24GB, 8GiB or 500MB, in bytes."""
+
+    name = "size"
+    _UNITS: Mapping[str, int] = {
+        "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        found = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(value))
+        try:
+            count = float(found[1]) * self._UNITS[found[2].lower() or "b"] if found else 0
+        except (KeyError, ValueError):
+            count = 0
+        if count < 1:
+            self.fail(f"{value!r} is no size: write 24GB, 8GiB or 500MB.", param, ctx)
+        return int(count)

@@ -7,12 +7,14 @@ train(), state_dict(), gradient checkpointing and torch.compile(fullgraph=True) 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftc import graphs
 from peftc.constants import Constant, Held, Packed, cast
@@ -21,7 +23,7 @@ from peftc.evaluate import value
 from peftc.functions import function_of
 from peftc.fusing import by_rows, opened
 from peftc.graphs import Spec, aten
-from peftc.kinds import EmbeddingKind, ExpertsKind, Kind, ModuleKind
+from peftc.kinds import EmbeddingKind, ExpertsKind, Kind, ModuleKind, expert_kinds
 from peftc.mixing import Mix
 from peftc.ops import grouped_linear
 from peftc.program import MIX, Program
@@ -77,9 +79,54 @@ def materialize(
     Returns:
         The model. If it carries adapters, only their tensors require gradients.
     """
-    model = program.source.instantiate(dtype)
+    return _built(program, program.source.instantiate(dtype), value, device).to(device)
+
+
+def hollow(program: Program, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
+    """The live model as `materialize` gives it, with shapes and dtypes and no values.
+
+    Args:
+        program: What to build; no weight of it is read.
+        mode: Where its tensors, which seem to be on the CPU, can be computed with.
+        dtype: As for `materialize`.
+    """
+    model = program.source.skeleton()
+    made: dict[int, Any] = {}
+    with mode:
+        for name, tensor in _named(model).items():
+            known = program.constants.get(name)
+            kept = known.spec.dtype if known is not None else tensor.dtype
+            kind = (dtype or kept) if tensor.is_floating_point() else tensor.dtype
+            empty = torch.empty(tensor.shape, dtype=kind)
+            made[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+        copied: nn.Module = copy.deepcopy(model, made)
+        for module in copied.modules():
+            if expert_kinds(module):  # torch's own product of groups has a fake for bf16 only
+                module.__class__ = experts_class(type(module), {})
+        return _built(program, copied.eval(), _empty, "cpu")
+
+
+def _empty(constant: Constant) -> torch.Tensor:
+    return torch.empty(constant.spec.shape, dtype=constant.spec.dtype)
+
+
+def _named(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All of a model's tensors, tied ones by each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+Values = Callable[[Constant], torch.Tensor]
+
+
+def _built(
+    program: Program, model: nn.Module, value: Values, device: str | torch.device
+) -> nn.Module:
+    """A plain model with all that the program says of it; constants have their values so."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = _named(model)
     packed = program.packed
     stored = {program.sites[fqn].name("weight") for fqn in packed}
     for fqn in tensors.keys() & program.constants.keys() - stored:
@@ -88,7 +135,7 @@ def materialize(
             old = tensors[fqn]
             old.data = old.new_empty(old.shape).copy_(value(program.constants[fqn]))
     dtypes = (p.dtype for p in parameters.values() if p.is_floating_point())
-    live = _Live(program, device, next(dtypes, torch.float32))
+    live = _Live(program, device, next(dtypes, torch.float32), value)
     experts: dict[str, list[Site]] = {}
     for site in program.sites.values():
         if site.is_plain and site.fqn not in packed:
@@ -113,7 +160,7 @@ def materialize(
         for name, parameter in model.named_parameters():
             if name in trainable:
                 parameter.requires_grad_(True)
-    return model.to(device)
+    return model
 
 
 def absorb(program: Program, model: nn.Module | Mapping[str, torch.Tensor]) -> Program:
@@ -156,9 +203,13 @@ class _Live:
     """Builds the modules of rewritten sites; what sites share is one tensor."""
 
     def __init__(
-        self, program: Program, device: str | torch.device, dtype: torch.dtype = torch.float32
+        self,
+        program: Program,
+        device: str | torch.device,
+        dtype: torch.dtype = torch.float32,
+        value: Values = value,
     ) -> None:
-        self.program, self.device, self.dtype = program, device, dtype
+        self.program, self.device, self.dtype, self.value = program, device, dtype, value
         self.frozen = {fqn for a in program.adapters.values() for fqn in a.frozen}
         self._mix: Mix | None = None
         self._shared: dict[Constant, torch.Tensor] = {}
@@ -210,7 +261,7 @@ class _Live:
         specs = {}
         for local in graphs.constant_names(opened_graph):
             if local in stored:
-                part = value(stored[local])
+                part = self.value(stored[local])
                 if local.endswith("_absmax") and torch.device(self.device).type != "cpu":
                     part = _small(part)
                 part = part.to(self.device)
@@ -220,7 +271,9 @@ class _Live:
             fqn = site.name(local)
             path = fqn.removeprefix(f"{owner}.")
             if local == MIX:
-                self._mix = self._mix or Mix(value(self.program.constants[fqn]).to(self.device))
+                self._mix = self._mix or Mix(
+                    self.value(self.program.constants[fqn]).to(self.device)
+                )
                 state.__dict__[path.rpartition(".")[0]] = self._mix
                 specs[local] = self.program.constants[fqn].spec
                 continue
@@ -243,11 +296,11 @@ class _Live:
         constant = self.program.constants[fqn]
         if fqn in self.frozen:
             if constant not in self._shared:
-                self._shared[constant] = _wide(value(constant), dtype).to(self.device)
+                self._shared[constant] = _wide(self.value(constant), dtype).to(self.device)
             return self._shared[constant]
         owner = self.program.aliases.get(fqn, fqn)
         if owner not in self._trained:
-            tensor = _wide(value(constant), dtype).clone()
+            tensor = _wide(self.value(constant), dtype).clone()
             self._trained[owner] = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
         return self._trained[owner]
 

@@ -57,6 +57,9 @@ class Source(Protocol):
     def instantiate(self, dtype: torch.dtype | None) -> nn.Module:
         """The live, unmodified model."""
 
+    def skeleton(self) -> nn.Module:
+        """The same on the meta device, its weights unread."""
+
     def layout(self) -> list[OutputFile]:
         """The weight files to write."""
 

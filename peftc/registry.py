@@ -35,6 +35,7 @@ PASSES = {
     "fuse": "peftc.passes.fuse:Fuse",
     "attach": "peftc.passes.attach:Attach",
     "combine": "peftc.passes.combine:Combine",
+    "prune_ranks": "peftc.passes.prune_ranks:PruneRanks",
     "fold": "peftc.passes.fold:Fold",
     "merge": "peftc.passes.merge:Merge",
     "unmerge": "peftc.passes.unmerge:Unmerge",

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.parametrize("name", registry.PASSES)
 # Options with which a pass changes something that is not much the same by its defaults.
 GIVEN: dict[str, dict[str, Any]] = {
     "combine": {"weights": {"a": 0.5, "b": 2.0}},
+    "prune_ranks": {"budget": 20},
     "trainable_tokens": {"tokens": [3, 5]},
     "resize_vocabulary": {"size": 128},
     "replicate_layers": {"ranges": "0-2,1-2"},
@@ -63,7 +64,7 @@ def make(base: Path, adapter: MakeAdapter) -> Make:
 def program(name: str, base: Path) -> Program:
     """What the pass works on: a plain model, or one with an adapter for passes that need it."""
     plain = capture(base)
-    if not simplifies(name) and name not in ("combine", "router"):
+    if not simplifies(name) and name not in ("combine", "prune_ranks", "router"):
         return plain
     # Trained weights: with a fresh adapter folding would change nothing.
     loras = [Lora(rank=3, adapter=adapter) for adapter in "ab"]

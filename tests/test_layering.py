@@ -22,21 +22,22 @@ ORDER = [
     "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing",
     "structure", "storage", "artifact", "runs", "early", "link", "fusing", "functions",
     "surrounding", "live", "switching", "virtual", "constant_cache", "prefixes", "optimizer_groups",
-    "callbacks", "tuner", "witness", "proof", "spectra", "analysis", "survival", "kernels",
-    "passes", "exporters", "recipe", "merging", "api", "training", "evaluation", "terminal",
-    "inspection", "analysis_view", "demo_model", "demo", "cli_options", "cli_tune", "cli",
-    "__main__",
+    "schedules", "callbacks", "footprint", "tuner", "witness", "proof", "spectra", "analysis",
+    "survival", "kernels", "passes", "exporters", "recipe", "merging", "api", "training",
+    "evaluation", "terminal", "inspection", "analysis_view", "ranks_view", "planning", "demo_model",
+    "demo", "cli_options", "cli_plan", "cli_tune", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "extras", "progress", "safetensors_file", "checkpoint", "targets", "contract",
     "tuning", "examples", "runs", "curve", "cli_tune", "registry", "recipe", "artifact", "early",
-    "terminal", "inspection", "cli_options", "cli", "passes.lora", "passes.dora", "passes.adalora",
-    "passes.vera", "passes.ia3", "passes.bitfit", "adapterhub", "passes.bottleneck",
-    "passes.placement", "passes.layernorm", "passes.full", "passes.loha", "passes.lokr",
-    "passes.oft", "passes.boft", "passes.attach", "passes.combine", "passes.fold", "passes.joint",
-    "passes.merge", "passes.prompt_tuning", "passes.p_tuning", "passes.router", "passes.nf4",
-    "passes.dequantize", "passes.fuse", "passes.unmerge", "passes.untie",
-    "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning", "demo_model",
+    "terminal", "inspection", "cli_options", "cli_plan", "cli", "passes.lora", "passes.dora",
+    "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit", "adapterhub",
+    "passes.bottleneck", "passes.placement", "passes.layernorm", "passes.full", "passes.loha",
+    "passes.lokr", "passes.oft", "passes.boft", "passes.attach", "passes.combine", "passes.fold",
+    "passes.joint", "passes.merge", "passes.prompt_tuning", "passes.p_tuning", "passes.prune_ranks",
+    "passes.router", "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge",
+    "passes.untie", "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
+    "demo_model",
 ]  # fmt: skip
 SOURCES = sorted(
     [

@@ -1,0 +1,262 @@
+"""What training a program takes in memory, found by running a step on tensors without data.
+
+The model is built and run, forward and backward, in torch's fake tensor mode: every operator gives
+tensors of the right shape and dtype, and computes nothing. What lives at each moment is counted, so
+it holds for any architecture and any method, and there is no formula that could be wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peftc.errors import CaptureError, PeftcError, did_you_mean
+from peftc.live import hollow
+from peftc.program import Program
+from peftc.roles import example_inputs, takes
+from peftc.schedules import schedule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Numbers that an optimizer keeps for each one that it trains.
+STATES = {"adamw": 2, "adamw_8bit": 2, "lion": 1, "adafactor": 0, "sgd": 0, "sgd_momentum": 1}
+_SMALL, _BLOCK = 4096, 256  # bitsandbytes: tensors that stay in fp32, and numbers for each absmax
+_ANY_LENGTH = 10**9  # of a training, on which what a schedule keeps does not depend
+_TEXT_LOSS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration", "TokenClassification")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a training step is taken.
+
+    Attributes:
+        batch: Examples in it.
+        length: Tokens of each.
+        dtype: Of the base's weights, by its name; None for the checkpoint's own.
+        mixed: The dtype that autocast computes in, by its name, if any.
+        checkpointing: Whether activations are computed again in the backward pass.
+        optimizer: One of `STATES`.
+    """
+
+    batch: int = 1
+    length: int = 512
+    dtype: str | None = None
+    mixed: str | None = None
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a training step takes, in bytes.
+
+    Attributes:
+        parameters: How many numbers the base has.
+        trainable: How many numbers are trained.
+        weights: Of all parameters and buffers.
+        gradients: Of those that are trained.
+        optimizer: Its states, and what a method's schedule keeps, such as AdaLoRA's.
+        activations: What the forward pass leaves for the backward pass.
+        peak: The most that lives at once. It is less than the sum: gradients come while activations
+            go.
+    """
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+
+
+def footprint(program: Program, step: Step) -> Footprint:
+    """What training a program takes in memory; no weight is read.
+
+    Attention is that of the CPU, which like a GPU's keeps no matrix of scores. Not counted are
+    what the libraries take themselves, such as a CUDA context, and what fragmentation costs.
+
+    Raises:
+        CaptureError: The model cannot be run without data.
+        PeftcError: An option is wrong.
+    """
+    if step.optimizer not in STATES:
+        raise PeftcError(
+            f"there is no optimizer {step.optimizer!r}",
+            where="optimizer",
+            fix=did_you_mean(step.optimizer, STATES),
+        )
+    if program.context is not None and step.length > program.context:
+        raise PeftcError(
+            f"the model has {program.context} positions, and {step.length} tokens are planned",
+            where="length",
+            fix=f"plan for at most {program.context}",
+        )
+    try:
+        mode = FakeTensorMode()
+        model = hollow(program, mode, DTYPES[step.dtype] if step.dtype else None)
+        with mode:
+            return _measured(program, model, step)
+    except PeftcError:
+        raise
+    except Exception as error:  # any model code may need values
+        raise CaptureError(
+            f"a step cannot be run on tensors without data: {error}",
+            where=program.source.name or program.source.architectures[0],
+            fix="train a step, and look at the memory that it takes",
+        ) from error
+
+
+def _measured(program: Program, model: nn.Module, step: Step) -> Footprint:
+    tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if step.checkpointing:
+        checkpoint(model)
+    inputs = batch_of(model, step)
+    meter = Meter()
+    for tensor in (*tensors, *inputs.values()):
+        meter.watch(tensor)
+    mixed = torch.autocast("cpu", DTYPES[step.mixed]) if step.mixed else nullcontext()
+    with meter:
+        extra = schedule(program, model, _ANY_LENGTH)
+        kept = meter.live
+        with mixed:
+            loss = loss_of(model.train(), inputs)
+        activations = meter.live - kept
+        added = extra.loss(model)
+        torch.autograd.backward(loss if added is None else loss + added)
+    states = optimizer_bytes(step.optimizer, trained)
+    stored = dict.fromkeys(program.stored.values())
+    gradients = sum(_bytes(p.grad) for p in trained if p.grad is not None)
+    weights = sum(map(_bytes, tensors))
+    return Footprint(
+        parameters=sum(math.prod(program.constants[fqn].spec.shape) for fqn in stored),
+        trainable=sum(p.numel() for p in trained),
+        weights=weights,
+        gradients=gradients,
+        optimizer=states + kept,
+        activations=activations,
+        peak=weights + states + max(meter.peak, gradients + kept),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def optimizer_bytes(name: str, trained: Iterable[nn.Parameter]) -> int:
+    """What an optimizer keeps for these parameters."""
+    total = 0
+    for p in trained:
+        if name == "adafactor":  # a row and a column of a matrix, else all (arXiv:1804.04235)
+            *stack, rows, columns = p.shape if p.ndim > 1 else (1, p.numel(), 0)
+            total += 4 * torch.Size(stack).numel() * (rows + columns)
+        elif name == "adamw_8bit" and p.numel() >= _SMALL:
+            total += 2 * (p.numel() + 4 * -(-p.numel() // _BLOCK))
+        else:
+            total += STATES[name] * (4 if name == "adamw_8bit" else p.element_size()) * p.numel()
+    return total
+
+
+def checkpoint(model: Any) -> None:
+    """Has a model compute its activations again in the backward pass.
+
+    Raises:
+        CaptureError: It cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise CaptureError(
+            "has no gradient checkpointing", where=type(model).__name__, fix="plan without it"
+        )
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+    model.config.use_cache = False
+
+
+def batch_of(model: nn.Module, step: Step) -> dict[str, torch.Tensor]:
+    """Inputs and labels of a step; the values of texts are all the same.
+
+    Raises:
+        CaptureError: Nobody can tell what the model takes.
+    """
+    examples = example_inputs(model)
+    if not examples:
+        raise CaptureError(
+            "nothing says what it takes",
+            where=type(model).__name__,
+            fix="plan for a model that transformers knows",
+        )
+    inputs = {
+        name: torch.zeros(step.batch, step.length, dtype=torch.long)
+        if name.endswith("input_ids")
+        else x.expand(step.batch, *x.shape[1:])
+        for name, x in examples.items()
+    }
+    if "labels" in takes(model):
+        per_token = any(part in type(model).__name__ for part in _TEXT_LOSS)
+        shape = (step.batch, step.length) if per_token else (step.batch,)
+        inputs["labels"] = torch.zeros(shape, dtype=torch.long)
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "decoder_start_token_id", None) is not None:
+            inputs.pop("decoder_input_ids", None)  # the model makes them of the labels
+    return inputs
+
+
+def loss_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The model's own loss, or where it has none, the mean of what it gives."""
+    output = model(**inputs)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        loss = first.float().mean()
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that operators make, as long as they live.
+
+    Attributes:
+        live: Bytes that live now.
+        peak: The most that did at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Leaves a tensor out that was there before."""
+        self._known.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Runs an operator, and counts what it made."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
