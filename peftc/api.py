@@ -160,13 +160,18 @@ def verify(
             written = Checkpoint.open(artifact.path / "base")
             report["site"] = site_proof(built, watch_file(built, written))
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
-    if artifact.manifest["kind"] != "model":
+    if artifact.manifest["kind"] not in ("model", "onnx"):
         return report
     progress.stage("rebuild")
     program = rebuild(artifact)
     progress.stage("compare layers")
     written = Checkpoint.open(artifact.path)
     report["site"] = site_proof(program, watch_file(program, written))
+    if artifact.manifest["kind"] == "onnx":
+        from peftc.exporters.to_onnx import verify_onnx
+
+        progress.stage("compare with torch")
+        return report | verify_onnx(artifact, program, extent)
     if wants_whole(program, extent):
         progress.stage("compare logits")
         report["whole"] = whole_proof(program, artifact.path)
@@ -211,7 +216,7 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "peft", "adapterhub", "cache"] = "safetensors",
+    format: Literal["safetensors", "onnx", "peft", "adapterhub", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     proof: Extent = "auto",
@@ -231,8 +236,9 @@ def export(
         then: What to make of it then: 4 bits again, or 16.
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
-        format: `safetensors`, a checkpoint that transformers loads; one adapter, as `peft` or, a
-            bottleneck, as `adapterhub` has it; or `cache`, a prompt as constant keys and values.
+        format: `safetensors`, a checkpoint that transformers loads; `onnx`, that and graphs that
+            onnxruntime runs on it; one adapter, as `peft` or, a bottleneck, as `adapterhub` has it;
+            or `cache`, a prompt as constant keys and values.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         proof: See `to_safetensors`.
@@ -266,6 +272,19 @@ def export(
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
+    remarks = {"merge": report} if report else {}
+    if format == "onnx":
+        from peftc.exporters.to_onnx import to_onnx
+
+        return to_onnx(
+            program,
+            target,
+            overwrite=overwrite,
+            proof=proof,
+            workers=workers,
+            progress=progress,
+            remarks=remarks,
+        )
     return to_safetensors(
         program,
         target,
@@ -273,6 +292,6 @@ def export(
         proof=proof,
         workers=workers,
         progress=progress,
-        remarks={"merge": report} if report else {},
+        remarks=remarks,
         head=head,
     )

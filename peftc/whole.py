@@ -52,6 +52,11 @@ class Whole:
     held: Mapping[str, torch.Tensor]
     captured: Mapping[str, tuple[int, int]]
 
+    @property
+    def takes_past(self) -> bool:
+        """Whether it goes on from keys and values of tokens before."""
+        return any("past" in port.dims for port in self.inputs)
+
 
 def capture_whole(program: Program, dtype: torch.dtype = torch.float32) -> list[Whole]:
     """Captures a program's model as graphs of its own operators, in eval mode.
