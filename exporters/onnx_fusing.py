@@ -48,8 +48,9 @@ def _operands(node: Any, name: str) -> tuple[Any, ...]:
 
 
 def _normalization(graph: fx.Graph, node: fx.Node) -> None:
-    """weight · (x · rsqrt(mean(x²) + eps)), the weight a vector."""
-    for weight, inner in (node.args, reversed(node.args)):
+    """Weight · (x · rsqrt(mean(x²) + eps)), the weight a vector."""
+    operands: tuple[Any, ...] = node.args
+    for weight, inner in (operands, reversed(operands)):
         factors = _operands(inner, "mul")
         if not (factors and _is_vector(weight)):
             continue
@@ -58,14 +59,18 @@ def _normalization(graph: fx.Graph, node: fx.Node) -> None:
         mean, eps = _operands(total, "add") or (None, None)
         square, axes, keep = (_operands(mean, "mean") or (None, None, None))[:3]
         base, power = (_operands(square, "pow") or (None, None))[:2]
-        if base is x and power == 2 and list(axes or ()) == [-1] and keep and _is_number(eps):
-            size = x.meta["val"].shape[-1]
-            if weight.meta["val"].shape != (size,) or weight.meta["val"].dtype != x.meta[
-                "val"
-            ].dtype:
-                continue
+        if (
+            base is not x
+            or power != 2
+            or list(axes or ()) != [-1]
+            or not (keep and _is_number(eps))
+        ):
+            continue
+        given, vector = x.meta["val"], weight.meta["val"]
+        if vector.shape == given.shape[-1:] and vector.dtype == given.dtype:
             with graph.inserting_before(node):
-                new = graph.call_function(aten.rms_norm.default, (x, [size], weight, eps))
+                args = x, [given.shape[-1]], weight, eps
+                new = graph.call_function(aten.rms_norm.default, args)
             _take_place(node, new)
             return
 

@@ -28,14 +28,17 @@ ONNX_TYPES = {
     torch.uint8: ir.DataType.UINT8, torch.int8: ir.DataType.INT8,
 }  # fmt: skip
 Operand = Any  # an ir.Value, an fx.Node, or a Python number
-Rule = Callable[["Lowering", fx.Node], Any]
+Rule = Callable[["Lowering", Any], Any]
 
 
 class Weights(Protocol):
     """Where the lowering finds constants."""
 
+    def name(self, name: str) -> str:
+        """The name by which a constant of the model is stored, which tied ones share."""
+
     def value(self, name: str) -> ir.Value:
-        """The initializer of a constant, by its name in the model, in the dtype it is stored in."""
+        """A fresh initializer of a stored constant, in the dtype that it is stored in."""
 
     def linear(
         self, lowering: Lowering, x: ir.Value, name: str, bias: ir.Value | None
@@ -83,7 +86,9 @@ class Lowering:
         for node in self.whole.graph.nodes:
             if node.op == "call_function":
                 self.module = owner(node)
-                self.values[node] = self._rule(node)(self, node)
+                rule = self._rule(node)
+                assert rule is not None
+                self.values[node] = rule(self, node)
                 self._describe(node)
             elif node.op == "output":
                 self.module = ""
@@ -100,7 +105,7 @@ class Lowering:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="peftc")
 
     def _rule(self, node: fx.Node) -> Rule | None:
-        return self.table.get(node.target) or self.table.get(operator_of(node))  # type: ignore[return-value]
+        return self.table.get(node.target) or self.table.get(operator_of(node))
 
     def _check(self) -> None:
         lacking = {
@@ -119,23 +124,26 @@ class Lowering:
 
     # What rules use.
 
-    def op(
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **more: Any) -> ir.Value:
+        """Appends a node of one output; returns it. Attributes that are None are left out."""
+        return self.ops(kind, *inputs, outputs=1, domain=domain, **more)[0]
+
+    def ops(
         self,
         kind: str,
         *inputs: ir.Value | None,
-        outputs: int = 1,
+        outputs: int,
         domain: str = "",
         **attributes: Any,
-    ) -> Any:
-        """Appends a node; returns its output, or outputs."""
+    ) -> tuple[ir.Value, ...]:
+        """Appends a node of several outputs; returns them."""
         given = {name: item for name, item in attributes.items() if item is not None}
         node = ir.node(kind, list(inputs), given, domain=domain, num_outputs=outputs)
-        name = self._unique(f"{self.module}.{kind}" if self.module else kind)
-        node.name = name
+        node.name = self._unique(f"{self.module}.{kind}" if self.module else kind)
         for index, value in enumerate(node.outputs):
-            value.name = name if outputs == 1 else f"{name}.{index}"
+            value.name = node.name if outputs == 1 else f"{node.name}.{index}"
         self.nodes.append(node)
-        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+        return tuple(node.outputs)
 
     def of(self, operand: Operand, dtype: torch.dtype | None = None) -> ir.Value:
         """The ONNX value of an operand: a node's, or a constant; cast where a dtype is asked."""
@@ -159,9 +167,10 @@ class Lowering:
 
     def stored(self, name: str) -> ir.Value:
         """A constant as it is stored."""
-        value = self.weights.value(name)
-        assert value.name is not None
-        return self.initializers.setdefault(value.name, value)
+        name = self.weights.name(name)
+        if name not in self.initializers:
+            self.initializers[name] = self.weights.value(name)
+        return self.initializers[name]
 
     def held(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A tensor that goes into the .onnx file itself."""

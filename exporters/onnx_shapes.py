@@ -10,53 +10,53 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from peftc.exporters.onnx_lowering import SYMBOLIC, Lowering, Rule, dtype_of, shape_of
+from peftc.errors import CaptureError
+from peftc.exporters.onnx_lowering import (
+    SYMBOLIC,
+    Lowering,
+    Rule,
+    dtype_of,
+    shape_of,
+)
+from peftc.normal import operator_of
 
 END = 2**63 - 1
 
 
-def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+def argument(node: Any, place: int, name: str, default: Any) -> Any:
     """An argument of a node, by its place or its name."""
     if len(node.args) > place:
         return node.args[place]
     return node.kwargs.get(name, default)
 
 
-def _axis(node: fx.Node, axis: Any) -> int:
+def axis_of(node: Any, axis: Any) -> int:
+    """An axis of a node's value, counted from the front."""
     rank = len(shape_of(node))
-    assert isinstance(axis, int)
     return axis % rank if rank else 0
 
 
-def _first(node: fx.Node) -> fx.Node:
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
-
-
-def size(to: Lowering, node: fx.Node) -> ir.Value:
-    source, axis = _first(node), node.args[1]
-    assert isinstance(axis, int)
+def _size(to: Lowering, node: Any) -> ir.Value:
+    source, axis = node.args[0], node.args[1]
     return to.op("Shape", to.of(source), start=axis, end=axis + 1)
 
 
-def arithmetic(to: Lowering, node: fx.Node) -> ir.Value:
+def _arithmetic(to: Lowering, node: Any) -> ir.Value:
     return to.op(SYMBOLIC[node.target], *(to.size(item) for item in node.args))
 
 
-def negative(to: Lowering, node: fx.Node) -> ir.Value:
+def _negative(to: Lowering, node: Any) -> ir.Value:
     return to.op("Neg", to.size(node.args[0]))
 
 
-def reshape(to: Lowering, node: fx.Node) -> ir.Value:
+def _reshape(to: Lowering, node: Any) -> ir.Value:
     """A reshape; 0 copies a dimension and -1 is what is left, so most need no work at run time."""
     sizes = node.args[1]
-    assert isinstance(sizes, (list, tuple))
     return _reshaped(to, node, list(sizes))
 
 
-def _reshaped(to: Lowering, node: fx.Node, sizes: list[Any]) -> ir.Value:
-    source = _first(node)
+def _reshaped(to: Lowering, node: Any, sizes: list[Any]) -> ir.Value:
+    source = node.args[0]
     before, after = shape_of(source), shape_of(node)
     dims: list[Any] = []
     for place, item in enumerate(sizes):
@@ -71,35 +71,33 @@ def _reshaped(to: Lowering, node: fx.Node, sizes: list[Any]) -> ir.Value:
     return to.op("Reshape", to.of(source), to.sizes(dims))
 
 
-def flatten(to: Lowering, node: fx.Node) -> ir.Value:
-    before = shape_of(_first(node))
-    start = _axis(_first(node), argument(node, 1, "start_dim", 0))
-    end = _axis(_first(node), argument(node, 2, "end_dim", -1))
+def _flatten(to: Lowering, node: Any) -> ir.Value:
+    before = shape_of(node.args[0])
+    start = axis_of(node.args[0], argument(node, 1, "start_dim", 0))
+    end = axis_of(node.args[0], argument(node, 2, "end_dim", -1))
     after = [0] * start + [-1] + [d if isinstance(d, int) else None for d in before[end + 1 :]]
     if None in after:
-        sizes = to.op("Shape", to.of(_first(node)))
+        sizes = to.op("Shape", to.of(node.args[0]))
         head = to.op("Slice", sizes, to.constant([0]), to.constant([start]))
         tail = to.op("Slice", sizes, to.constant([end + 1]), to.constant([END]))
         shape = to.op("Concat", head, to.constant([-1]), tail, axis=0)
-        return to.op("Reshape", to.of(_first(node)), shape)
-    return to.op("Reshape", to.of(_first(node)), to.constant(after))
+        return to.op("Reshape", to.of(node.args[0]), shape)
+    return to.op("Reshape", to.of(node.args[0]), to.constant(after))
 
 
-def unflatten(to: Lowering, node: fx.Node) -> ir.Value:
-    axis, sizes = _axis(_first(node), node.args[1]), node.args[2]
-    assert isinstance(sizes, (list, tuple))
-    behind = shape_of(_first(node))[axis + 1 :]
+def _unflatten(to: Lowering, node: Any) -> ir.Value:
+    axis, sizes = axis_of(node.args[0], node.args[1]), node.args[2]
+    behind = shape_of(node.args[0])[axis + 1 :]
     if all(isinstance(d, int) for d in behind):
-        return to.op("Reshape", to.of(_first(node)), to.sizes([0] * axis + [*sizes, *behind]))
-    shape = to.op("Shape", to.of(_first(node)), start=axis + 1)
+        return to.op("Reshape", to.of(node.args[0]), to.sizes([0] * axis + [*sizes, *behind]))
+    shape = to.op("Shape", to.of(node.args[0]), start=axis + 1)
     joined = to.op("Concat", to.sizes([0] * axis + [*sizes]), shape, axis=0)
-    return to.op("Reshape", to.of(_first(node)), joined)
+    return to.op("Reshape", to.of(node.args[0]), joined)
 
 
-def expand(to: Lowering, node: fx.Node) -> ir.Value:
+def _expand(to: Lowering, node: Any) -> ir.Value:
     sizes = node.args[1]
-    assert isinstance(sizes, (list, tuple))
-    source = _first(node)
+    source = node.args[0]
     before = shape_of(source)
     lead = len(sizes) - len(before)
     dims: list[Any] = []
@@ -109,50 +107,48 @@ def expand(to: Lowering, node: fx.Node) -> ir.Value:
     return to.op("Expand", to.of(source), to.sizes(dims))
 
 
-def repeat(to: Lowering, node: fx.Node) -> ir.Value:
+def _repeat(to: Lowering, node: Any) -> ir.Value:
     sizes = node.args[1]
-    assert isinstance(sizes, (list, tuple))
-    source, value = _first(node), to.of(node.args[0])
+    source, value = node.args[0], to.of(node.args[0])
     if (lead := len(sizes) - len(shape_of(source))) > 0:
         value = to.op("Unsqueeze", value, to.constant(list(range(lead))))
     return to.op("Tile", value, to.sizes(sizes))
 
 
-def transpose(to: Lowering, node: fx.Node) -> ir.Value:
+def _transpose(to: Lowering, node: Any) -> ir.Value:
     rank = len(shape_of(node))
     order = list(range(rank))
-    a, b = (_axis(node, axis) for axis in (node.args[1:3] or (0, 1)))
+    a, b = (axis_of(node, axis) for axis in (node.args[1:3] or (0, 1)))
     order[a], order[b] = order[b], order[a]
     return to.op("Transpose", to.of(node.args[0]), perm=order)
 
 
-def permute(to: Lowering, node: fx.Node) -> ir.Value:
+def _permute(to: Lowering, node: Any) -> ir.Value:
     order = node.args[1]
-    assert isinstance(order, (list, tuple))
-    return to.op("Transpose", to.of(node.args[0]), perm=[_axis(node, axis) for axis in order])
+    return to.op("Transpose", to.of(node.args[0]), perm=[axis_of(node, axis) for axis in order])
 
 
-def t(to: Lowering, node: fx.Node) -> ir.Value:
+def _t(to: Lowering, node: Any) -> ir.Value:
     if len(shape_of(node)) < 2:
         return to.of(node.args[0])
     return to.op("Transpose", to.of(node.args[0]), perm=[1, 0])
 
 
-def unsqueeze(to: Lowering, node: fx.Node) -> ir.Value:
-    return to.op("Unsqueeze", to.of(node.args[0]), to.constant([_axis(node, node.args[1])]))
+def _unsqueeze(to: Lowering, node: Any) -> ir.Value:
+    return to.op("Unsqueeze", to.of(node.args[0]), to.constant([axis_of(node, node.args[1])]))
 
 
-def squeeze(to: Lowering, node: fx.Node) -> ir.Value:
+def _squeeze(to: Lowering, node: Any) -> ir.Value:
     axes = argument(node, 1, "dim", None)
-    before = shape_of(_first(node))
+    before = shape_of(node.args[0])
     places = [axes] if isinstance(axes, int) else axes or range(len(before))
-    gone = [_axis(_first(node), place) for place in places]
+    gone = [axis_of(node.args[0], place) for place in places]
     gone = [place for place in gone if before[place] == 1]
     return to.op("Squeeze", to.of(node.args[0]), to.constant(gone))
 
 
-def slice_(to: Lowering, node: fx.Node) -> ir.Value:
-    axis = _axis(node, argument(node, 1, "dim", 0))
+def _slice(to: Lowering, node: Any) -> ir.Value:
+    axis = axis_of(node, argument(node, 1, "dim", 0))
     start, end = argument(node, 2, "start", 0), argument(node, 3, "end", END)
     step = argument(node, 4, "step", 1)
     return to.op(
@@ -165,39 +161,34 @@ def slice_(to: Lowering, node: fx.Node) -> ir.Value:
     )
 
 
-def select(to: Lowering, node: fx.Node) -> ir.Value:
-    axis, index = _axis(_first(node), node.args[1]), node.args[2]
+def _select(to: Lowering, node: Any) -> ir.Value:
+    axis, index = axis_of(node.args[0], node.args[1]), node.args[2]
     return to.op("Gather", to.of(node.args[0]), to.scalar(index), axis=axis)
 
 
-def concatenate(to: Lowering, node: fx.Node) -> ir.Value:
+def _concatenate(to: Lowering, node: Any) -> ir.Value:
     parts = node.args[0]
-    assert isinstance(parts, (list, tuple))
     dtype, axis = dtype_of(node), argument(node, 1, "dim", 0)
-    return to.op("Concat", *(to.of(part, dtype) for part in parts), axis=_axis(node, axis))
+    return to.op("Concat", *(to.of(part, dtype) for part in parts), axis=axis_of(node, axis))
 
 
-def stack(to: Lowering, node: fx.Node) -> ir.Value:
-    parts, axis = node.args[0], _axis(node, argument(node, 1, "dim", 0))
-    assert isinstance(parts, (list, tuple))
+def _stack(to: Lowering, node: Any) -> ir.Value:
+    parts, axis = node.args[0], axis_of(node, argument(node, 1, "dim", 0))
     lifted = [to.op("Unsqueeze", to.of(part), to.constant([axis])) for part in parts]
     return to.op("Concat", *lifted, axis=axis)
 
 
-def split(to: Lowering, node: fx.Node) -> tuple[ir.Value, ...]:
-    axis = _axis(_first(node), argument(node, 2, "dim", 0))
+def _split(to: Lowering, node: Any) -> tuple[ir.Value, ...]:
+    axis = axis_of(node.args[0], argument(node, 2, "dim", 0))
     lengths = [value.shape[axis] for value in node.meta["val"]]
     if len(lengths) == 1:
         return (to.of(node.args[0]),)
     sizes = to.constant([int(length) for length in lengths])
-    parts: tuple[ir.Value, ...] = to.op(
-        "Split", to.of(node.args[0]), sizes, outputs=len(lengths), axis=axis
-    )
-    return parts
+    return to.ops("Split", to.of(node.args[0]), sizes, outputs=len(lengths), axis=axis)
 
 
-def unbind(to: Lowering, node: fx.Node) -> tuple[ir.Value, ...]:
-    axis = _axis(_first(node), argument(node, 1, "dim", 0))
+def _unbind(to: Lowering, node: Any) -> tuple[ir.Value, ...]:
+    axis = axis_of(node.args[0], argument(node, 1, "dim", 0))
     source = to.of(node.args[0])
     return tuple(
         to.op("Gather", source, to.constant(place), axis=axis)
@@ -205,27 +196,23 @@ def unbind(to: Lowering, node: fx.Node) -> tuple[ir.Value, ...]:
     )
 
 
-def arange(to: Lowering, node: fx.Node) -> ir.Value:
-    start, end, step = {
-        1: lambda a: (0, a[0], 1), 2: lambda a: (a[0], a[1], 1), 3: lambda a: tuple(a),
-    }[len(node.args)](node.args)  # fmt: skip
+def _arange(to: Lowering, node: Any) -> ir.Value:
+    start, end, step = {1: (0, *node.args, 1), 2: (*node.args, 1), 3: node.args}[len(node.args)]
     counted = to.op("Range", *(to.scalar(item) for item in (start, end, step)))
     dtype = dtype_of(node)
     return counted if dtype == torch.int64 else to.cast(counted, dtype)
 
 
-def full(to: Lowering, node: fx.Node) -> ir.Value:
+def _full(to: Lowering, node: Any) -> ir.Value:
     sizes, fill = node.args[:2]
-    assert isinstance(sizes, (list, tuple))
     return _filled(to, node, list(sizes), fill)
 
 
 def filled(fill: float, place: int) -> Rule:
     """A tensor of one value, whose shape is an argument of the operator."""
 
-    def rule(to: Lowering, node: fx.Node) -> ir.Value:
+    def rule(to: Lowering, node: Any) -> ir.Value:
         sizes = node.args[place]
-        assert isinstance(sizes, (list, tuple))
         return _filled(to, node, list(sizes), fill)
 
     return rule
@@ -234,7 +221,7 @@ def filled(fill: float, place: int) -> Rule:
 def filled_like(fill: float | None) -> Rule:
     """A tensor of one value, in the shape of another."""
 
-    def rule(to: Lowering, node: fx.Node) -> ir.Value:
+    def rule(to: Lowering, node: Any) -> ir.Value:
         item = node.args[1] if fill is None else fill
         shape = to.op("Shape", to.of(node.args[0]))
         return to.op("Expand", to.of(item, dtype_of(node)), shape)
@@ -242,21 +229,19 @@ def filled_like(fill: float | None) -> Rule:
     return rule
 
 
-def new_full(to: Lowering, node: fx.Node) -> ir.Value:
+def _new_full(to: Lowering, node: Any) -> ir.Value:
     sizes, fill = node.args[1:3]
-    assert isinstance(sizes, (list, tuple))
     return _filled(to, node, list(sizes), fill)
 
 
-def _filled(to: Lowering, node: fx.Node, sizes: list[Any], fill: Any) -> ir.Value:
+def _filled(to: Lowering, node: Any, sizes: list[Any], fill: Any) -> ir.Value:
     value = to.of(fill, dtype_of(node))
     return to.op("Expand", value, to.sizes(sizes)) if sizes else value
 
 
-def index(to: Lowering, node: fx.Node) -> ir.Value:
+def _index(to: Lowering, node: Any) -> ir.Value:
     """x[i, j, …] with tensors for some leading dimensions, or for one dimension."""
     places = node.args[1]
-    assert isinstance(places, (list, tuple))
     given = [(axis, item) for axis, item in enumerate(places) if item is not None]
     if len(given) == 1:
         axis, item = given[0]
@@ -264,7 +249,7 @@ def index(to: Lowering, node: fx.Node) -> ir.Value:
             return to.op("Gather", to.of(node.args[0]), to.of(item), axis=axis)
     leading = [axis for axis, _ in given] == list(range(len(given)))
     if not leading or any(dtype_of(item) == torch.bool for _, item in given):
-        return unsupported(to, node)
+        return _unsupported(to, node)
     indices = [to.of(item, torch.int64) for _, item in given]
     shape = to.op("Shape", indices[0])
     total = indices[0]
@@ -276,12 +261,12 @@ def index(to: Lowering, node: fx.Node) -> ir.Value:
     return to.op("GatherND", to.of(node.args[0]), to.op("Concat", *last, axis=-1))
 
 
-def gather(to: Lowering, node: fx.Node) -> ir.Value:
+def _gather(to: Lowering, node: Any) -> ir.Value:
     x, axis, places = node.args[:3]
     return to.op("GatherElements", to.of(x), to.of(places), axis=axis)
 
 
-def index_select(to: Lowering, node: fx.Node) -> ir.Value:
+def _index_select(to: Lowering, node: Any) -> ir.Value:
     x, axis, places = node.args[:3]
     return to.op("Gather", to.of(x), to.of(places), axis=axis)
 
@@ -289,17 +274,14 @@ def index_select(to: Lowering, node: fx.Node) -> ir.Value:
 def triangle(upper: bool) -> Rule:
     """The upper or lower triangle."""
 
-    def rule(to: Lowering, node: fx.Node) -> ir.Value:
+    def rule(to: Lowering, node: Any) -> ir.Value:
         shift = to.constant(argument(node, 1, "diagonal", 0))
         return to.op("Trilu", to.of(node.args[0]), shift, upper=int(upper))
 
     return rule
 
 
-def unsupported(to: Lowering, node: fx.Node) -> ir.Value:
-    from peftc.errors import CaptureError
-    from peftc.normal import operator_of
-
+def _unsupported(to: Lowering, node: Any) -> ir.Value:
     raise CaptureError(
         f"peftc has no ONNX operator for such an aten.{operator_of(node)}",
         where=to.module or to.whole.name,
@@ -307,9 +289,8 @@ def unsupported(to: Lowering, node: fx.Node) -> ir.Value:
     )
 
 
-def pad(to: Lowering, node: fx.Node) -> ir.Value:
+def _pad(to: Lowering, node: Any) -> ir.Value:
     sizes = node.args[1]
-    assert isinstance(sizes, (list, tuple))
     rank = len(shape_of(node))
     before, behind = [0] * rank, [0] * rank
     for place in range(len(sizes) // 2):
@@ -319,15 +300,17 @@ def pad(to: Lowering, node: fx.Node) -> ir.Value:
 
 
 SHAPES: Mapping[Any, Rule] = {
-    "sym_size": size, **dict.fromkeys(SYMBOLIC, arithmetic), operator.neg: negative,
-    "view": reshape, "reshape": reshape, "_unsafe_view": reshape, "flatten": flatten,
-    "unflatten": unflatten, "expand": expand, "repeat": repeat, "transpose": transpose,
-    "permute": permute, "t": t, "unsqueeze": unsqueeze, "squeeze": squeeze, "slice": slice_,
-    "select": select, "cat": concatenate, "stack": stack, "split": split,
-    "split_with_sizes": split, "chunk": split, "unbind": unbind, "arange": arange, "full": full,
+    "sym_size": _size, **dict.fromkeys(SYMBOLIC, _arithmetic), operator.neg: _negative,
+    "view": _reshape, "reshape": _reshape, "_unsafe_view": _reshape, "flatten": _flatten,
+    "unflatten": _unflatten, "expand": _expand, "repeat": _repeat, "transpose": _transpose,
+    "permute": _permute, "t": _t, "numpy_T": _t, "unsqueeze": _unsqueeze, "squeeze": _squeeze,
+    "slice": _slice,
+    "select": _select, "cat": _concatenate, "stack": _stack, "split": _split,
+    "split_with_sizes": _split, "chunk": _split, "unbind": _unbind, "arange": _arange,
+    "full": _full,
     "ones": filled(1, 0), "zeros": filled(0, 0), "new_ones": filled(1, 1),
-    "new_zeros": filled(0, 1), "new_full": new_full, "ones_like": filled_like(1),
-    "zeros_like": filled_like(0), "full_like": filled_like(None), "index": index,
-    "gather": gather, "index_select": index_select, "triu": triangle(True),
-    "tril": triangle(False), "pad": pad, "constant_pad_nd": pad,
+    "new_zeros": filled(0, 1), "new_full": _new_full, "ones_like": filled_like(1),
+    "zeros_like": filled_like(0), "full_like": filled_like(None), "index": _index,
+    "gather": _gather, "index_select": _index_select, "triu": triangle(True),
+    "tril": triangle(False), "pad": _pad, "constant_pad_nd": _pad,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from peftc.constants import Constant
-from peftc.exporters.onnx_lowering import ONNX_TYPES, RUNTIME, Lowering
+from peftc.exporters.onnx_lowering import ONNX_TYPES, Lowering
 from peftc.graphs import Spec
 from peftc.link import Shard, plan, shard_of
 from peftc.program import Program
@@ -46,22 +46,20 @@ class StoredWeights:
                 if fqn is not None and entry.key not in program.parts:
                     self.places[fqn] = _place(shard, entry.key)
         self.own: dict[str, Constant] = {}  # what no file of the checkpoint has as it is needed
-        self._values: dict[str, ir.Value] = {}
+        self._values: list[ir.Value] = []
+
+    def name(self, name: str) -> str:
+        owner = self.program.aliases.get(name, name)
+        return owner if owner in self.places or name not in self.places else name
 
     def value(self, name: str) -> ir.Value:
-        owner = self.program.aliases.get(name, name)
-        name = owner if owner in self.places or name not in self.places else name
-        if name not in self._values:
-            spec = self.program.constants[name].spec
-            value = ir.Value(
-                name=name,
-                shape=ir.Shape(spec.shape),
-                type=ir.TensorType(ONNX_TYPES[spec.dtype]),
-            )
-            if name not in self.places:
-                self.own[name] = self.program.constants[name]
-            self._values[name] = value
-        return self._values[name]
+        constant = self.program.constants[name]
+        spec = constant.spec
+        if name not in self.places:
+            self.own[name] = constant
+        shape, kind = ir.Shape(spec.shape), ir.TensorType(ONNX_TYPES[spec.dtype])
+        self._values.append(ir.Value(name=name, shape=shape, type=kind))
+        return self._values[-1]
 
     def linear(
         self, lowering: Lowering, x: ir.Value, name: str, bias: ir.Value | None
@@ -76,21 +74,18 @@ class StoredWeights:
         """Tells every initializer where its bytes are."""
         for shard in self.own_shards():
             self.places |= {entry.key: _place(shard, entry.key) for entry in shard.entries}
-        for name, value in self._values.items():
-            place = self.places[name]
+        for value in self._values:
+            place = self.places[str(value.name)]
             value.const_value = ir.ExternalTensor(
                 place.file,
                 place.offset,
                 place.nbytes,
                 ONNX_TYPES[place.spec.dtype],
                 shape=ir.Shape(place.spec.shape),
-                name=name,
+                name=str(value.name),
             )
 
 
 def _place(shard: Shard, key: str) -> Place:
     entry = next(entry for entry in shard.entries if entry.key == key)
     return Place(shard.name, entry.start, entry.nbytes, entry.constant.spec)
-
-
-__all__ = ["RUNTIME", "Place", "StoredWeights"]

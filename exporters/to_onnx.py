@@ -13,9 +13,9 @@ import torch
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
-from peftc.exporters.onnx_needs import onnx, onnx_ir
 from peftc.exporters.onnx_fusing import fuse
 from peftc.exporters.onnx_lowering import OPSET, Lowering
+from peftc.exporters.onnx_needs import onnx, onnx_ir
 from peftc.exporters.onnx_proof import prove
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_weights import StoredWeights
@@ -39,8 +39,7 @@ class Lowered:
     def files(self) -> dict[str, bytes]:
         """The .onnx files."""
         return {
-            name: onnx_ir.to_proto(model).SerializeToString()
-            for name, model in self.models.items()
+            name: onnx_ir.to_proto(model).SerializeToString() for name, model in self.models.items()
         }
 
 
@@ -213,5 +212,3 @@ def verify_onnx(artifact: Artifact, program: Program, extent: Extent) -> dict[st
 def tool_versions() -> dict[str, str]:
     """The versions of what makes and runs the graphs."""
     return {name: version(name) for name in ("onnx", "onnx-ir", "onnxruntime")}
-
-

@@ -8,7 +8,6 @@ takes. Names are those that optimum, onnxruntime-genai and transformers.js know.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,9 @@ from peftc.errors import CaptureError
 Tensors = dict[str, torch.Tensor]
 # Sizes of examples: distinct, so that no two dimensions are taken for one, and none 1, which torch
 # would take for a constant.
-SIZES = {"batch": 2, "sequence": 3, "past": 5, "past + sequence": 8, "encoder_sequence": 7}
+SIZES = {
+    "batch": 2, "sequence": 3, "past": 5, "past + sequence": 8, "encoder_sequence": 7, "images": 4,
+}  # fmt: skip
 MASK, POSITIONS, ENCODED = "attention_mask", "position_ids", "encoder_hidden_states"
 
 
@@ -83,7 +84,8 @@ def calls(model: nn.Module) -> list[Call]:
         )
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         return [_encoder(model), _decoder(model)]
-    if "past_key_values" in takes and "input_ids" in takes:
+    generates = getattr(model, "can_generate", lambda: False)()
+    if generates and "past_key_values" in takes and "input_ids" in takes:
         return [_causal(model)]
     inputs = tuple(_plain_inputs(model))
     if not inputs:
@@ -104,9 +106,10 @@ def _plain_inputs(model: nn.Module) -> Iterator[Port]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     if "pixel_values" in takes and size is not None:
+        count = "images" if "input_ids" in takes else "batch"
         sides = (size, size) if isinstance(size, int) else tuple(size)
         channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
-        yield Port("pixel_values", ("batch", channels, *sides), dtype)
+        yield Port("pixel_values", (count, channels, *sides), dtype)
     if "input_features" in takes and hasattr(config, "num_mel_bins"):
         assert config is not None
         length = 2 * config.max_source_positions
@@ -114,7 +117,10 @@ def _plain_inputs(model: nn.Module) -> Iterator[Port]:
 
 
 def _plain(model: Any, given: Tensors) -> Tensors:
-    output = model(**given, return_dict=True)
+    more = (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
+    output = model(**given, **more, return_dict=True)
     return {name: x for name, x in output.items() if isinstance(x, torch.Tensor)}
 
 
@@ -227,8 +233,3 @@ def _past_ports(
             dims = ("batch", x.shape[1], "past", x.shape[3])
             ports.append(Port(name.replace("present.", "past_key_values."), dims, x.dtype))
     return ports
-
-
-def extent(port: Port) -> int:
-    """How many values an input has of each text, for one of each that varies."""
-    return math.prod(dim for dim in port.dims if isinstance(dim, int))

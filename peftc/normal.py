@@ -7,7 +7,7 @@ gone; every varying dimension is read at one place.
 
 from __future__ import annotations
 
-import operator
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,15 +37,22 @@ def operator_of(node: fx.Node) -> str:
     return str(getattr(packet or node.target, "__name__", node.target))
 
 
+def mutates(node: fx.Node) -> bool:
+    """Whether a node changes a tensor that others may see."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.is_mutable and operator_of(node) != "detach_")
+
+
 def normalize(
-    exported: torch.export.ExportedProgram, inputs: Sequence[Port], outputs: Sequence[str]
+    exported: torch.export.ExportedProgram, inputs: Sequence[Port]
 ) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """The graph of an exported program, and its lifted constants by their names in it."""
     signature = exported.graph_signature
     state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     ports = dict(zip(signature.user_inputs, inputs, strict=True))
-    held = {f"lifted.{name}": _real(exported.constants[name]) for name in lifted.values()}
+    names = {node: _lifted_name(exported.constants[name]) for node, name in lifted.items()}
+    held = {names[node]: _real(exported.constants[name]) for node, name in lifted.items()}
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in exported.graph.nodes:  # first, so that a place for dimensions is behind them
         if node.op == "placeholder" and node.name in ports:
@@ -57,8 +64,7 @@ def normalize(
             continue
         if node.op == "placeholder":
             name = state.get(node.name, node.name).removeprefix(f"{ROOT}.")
-            name = f"lifted.{lifted[node.name]}" if node.name in lifted else name
-            env[node] = graph.create_node("get_attr", name)
+            env[node] = graph.create_node("get_attr", names.get(node.name, name))
             env[node].meta = {"val": node.meta["val"]}
         elif operator_of(node) in NOTHING:
             continue
@@ -77,6 +83,13 @@ def normalize(
     _drop_empty(graph)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return graph, held
+
+
+def _lifted_name(tensor: Any) -> str:
+    """The name of a constant of the model's code, the same for equal ones."""
+    data = _real(tensor).cpu().contiguous()
+    raw = f"{data.dtype} {tuple(data.shape)} {data.flatten().tolist()}"
+    return f"lifted.{hashlib.sha256(raw.encode()).hexdigest()[:12]}"
 
 
 def _real(tensor: Any) -> torch.Tensor:
@@ -137,8 +150,3 @@ def _drop_empty(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif len(kept) < len(node.args[0]):
             node.args = (kept, *node.args[1:])
-
-
-SYMBOLIC = {
-    operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg, operator.mod,
-}  # fmt: skip

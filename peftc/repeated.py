@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Stack:
 
 def shorten(model: nn.Module) -> list[Stack]:
     """Takes out of a model's lists of layers those that others can stand for."""
-    stacks = []
+    stacks: list[Stack] = []
     for path, layers in list(model.named_modules()):
         if not isinstance(layers, nn.ModuleList) or any(
             path.startswith(f"{stack.path}.") for stack in stacks
@@ -131,11 +131,6 @@ def _select_options(model: nn.Module, count: int, kept: Sequence[int]) -> None:
                 config.__dict__[name] = [value[number] for number in kept]
 
 
-def shortened_name(name: str, path: str, place: int, number: int) -> str:
-    """A name within the layer at one place, for the layer of another number."""
-    return name.replace(f"{path}.{place}.", f"{path}.{number}.", 1)
-
-
 def lengthen(
     graph: fx.Graph, inputs: list[Port], outputs: list[str], stack: Stack
 ) -> tuple[fx.Graph, list[Port], list[str]]:
@@ -153,14 +148,19 @@ def lengthen(
     Raises:
         Unlike: Layers of one kind are not captured alike.
     """
-    return _Regions(graph, stack).whole(inputs, outputs)
+    return _Regions(graph, stack, outputs).whole(inputs, outputs)
 
 
 class _Regions:
     """The nodes of a graph by the layer that they belong to."""
 
-    def __init__(self, graph: fx.Graph, stack: Stack) -> None:
+    def __init__(self, graph: fx.Graph, stack: Stack, outputs: Sequence[str]) -> None:
         self.graph, self.stack = graph, stack
+        self.returned = next(n for n in reversed(graph.nodes) if n.op == "output")
+        self.results = {
+            node for name, node in zip(outputs, self.returned.args[0], strict=True)
+            if not is_of_cache(name)
+        }  # fmt: skip
         self.pattern = re.compile(rf"^{re.escape(stack.path)}\.(\d+)(\.|$)")
         self.place: dict[fx.Node, int] = {}
         self.members: list[list[fx.Node]] = [[] for _ in stack.kept]
@@ -172,6 +172,10 @@ class _Regions:
             else:
                 behind = any(self.place.get(n, BEFORE) != BEFORE for n in node.all_input_nodes)
                 self.place[node] = BEHIND if behind else BEFORE
+        self.between = any(
+            self.place[n] == BEHIND for nodes in self.members for m in nodes
+            for n in m.all_input_nodes
+        )  # fmt: skip
 
     def whole(
         self, inputs: list[Port], outputs: list[str]
@@ -179,7 +183,7 @@ class _Regions:
         """The graph with all layers."""
         if not any(self.members):
             return self.graph, inputs, outputs
-        if not all(self.members):
+        if not all(self.members) or self.between:
             raise Unlike
         self.carried = [self._carried(place) for place in range(len(self.members))]
         for first, second in self.stack.pairs:
@@ -192,13 +196,11 @@ class _Regions:
         found = []
         for node in self.members[place]:
             users = {self.place[user] for user in node.users if user.op != "output"}
-            beyond = users - {place}
+            beyond = (users | ({BEHIND} if node in self.results else set())) - {place}
             if beyond == {BEHIND if last else place + 1}:
                 found.append(node)
-            elif beyond and place != 0:  # the first may work out what all others use
-                raise Unlike
-            elif beyond and BEHIND in beyond:
-                raise Unlike
+            elif beyond and (place != 0 or BEHIND in beyond):
+                raise Unlike  # only the first may work out what all others use
         if len(found) != 1:
             raise Unlike
         return found[0]
@@ -217,7 +219,7 @@ class _Regions:
                 if mine in matched:
                     return matched[mine] is other
                 if mine.op in ("get_attr", "placeholder") and mine.op == other.op:
-                    return self._renamed(str(mine.target), first, second) == str(other.target)
+                    return self.renamed(str(mine.target), first, second) == str(other.target)
                 if first == 0 and other is self.carried[second - 1]:
                     return matched.setdefault(mine, other) is other
                 return mine is other
@@ -239,101 +241,93 @@ class _Regions:
         if matched[self.carried[first]] is not self.carried[second]:
             raise Unlike
 
-    def _renamed(self, name: str, place: int, number: int) -> str:
-        """A tensor's or port's name within a layer, as another layer has it."""
-        if self._is_port(name):
-            kind, found, rest = name.split(".", 2)
-            return f"{kind}.{number}.{rest}" if int(found) == place else name
-        return shortened_name(name, self.stack.path, place, number)
-
-    @staticmethod
-    def _is_port(name: str) -> bool:
-        return name.startswith(("past_key_values.", "present."))
-
     def _rebuilt(
         self, inputs: list[Port], outputs: list[str]
     ) -> tuple[fx.Graph, list[Port], list[str]]:
-        graph, shared = fx.Graph(), dict[fx.Node, fx.Node]()
-        stands, stack = self.stack.stands, self.stack
-        ports: list[Port] = []
-        for port in inputs:
-            if not self._is_port(port.name):
-                ports.append(port)
-        of_layer = [[p for p in inputs if p.name.startswith(f"past_key_values.{place}.")]
-                    for place in range(len(self.members))]  # fmt: skip
-        for number, place in enumerate(stands):
-            ports += [
-                Port(self._renamed(port.name, place, number), port.dims, port.dtype)
-                for port in of_layer[place]
-            ]
-        old = {node.target: node for node in self.graph.nodes if node.op == "placeholder"}
-        given: dict[str, fx.Node] = {}
-        for port in ports:
-            given[port.name] = graph.placeholder(port.name)
-            source = old.get(port.name) or next(iter(old.values()))
-            given[port.name].meta = dict(source.meta)
-        for number, place in enumerate(stands):
-            for port in of_layer[place]:
-                name = self._renamed(port.name, place, number)
-                given[name].meta = dict(old[port.name].meta)
-        names: dict[str, fx.Node] = {}
-
-        def taken(node: fx.Node, env: dict[fx.Node, fx.Node], place: int, number: int) -> fx.Node:
-            if node in env:
-                return env[node]
-            if node.op == "placeholder":
-                return given[self._renamed(str(node.target), place, number)]
-            if node.op == "get_attr":
-                name = self._renamed(str(node.target), place, number)
-                if name not in names:
-                    names[name] = graph.create_node("get_attr", name)
-                    names[name].meta = dict(node.meta)
-                return names[name]
-            return shared[node]
-
-        def copied(node: fx.Node, env: dict[fx.Node, fx.Node], place: int, number: int) -> fx.Node:
-            new = graph.node_copy(node, lambda n: taken(n, env, place, number))
-            module = owner(node)
-            if place >= 0:
-                module = shortened_name(f"{module}.", stack.path, place, number)[:-1]
-            new.meta = {**node.meta, "module": module}
-            return new
-
-        for node in self.graph.nodes:
-            if self.place[node] == BEFORE and node.op == "call_function":
-                shared[node] = copied(node, shared, -1, -1)
+        ports = [port for port in inputs if not is_of_cache(port.name)]
+        originals = [port.name for port in ports]
+        for number, place in enumerate(self.stack.stands):
+            for port in inputs:
+                if is_of_cache(port.name) and int(port.name.split(".")[1]) == place:
+                    ports.append(replace(port, name=self.renamed(port.name, place, number)))
+                    originals.append(port.name)
+        build = _Copy(self, [port.name for port in ports], originals)
+        build.nodes(self._outside(BEFORE), -1, -1)
+        common = dict(build.env)
         present: dict[str, fx.Node] = {}
-        returned = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         hidden: fx.Node | None = None
-        for number, place in enumerate(stands):
-            env: dict[fx.Node, fx.Node] = {}
-            if place > 0 and hidden is not None:
-                env[self.carried[place - 1]] = hidden
-            for node in self.members[place]:
-                env[node] = copied(node, env, place, number)
+        for number, place in enumerate(self.stack.stands):
+            build.env = dict(common)
+            if hidden is not None and place > 0:
+                build.env[self.carried[place - 1]] = hidden
+            build.nodes(self.members[place], place, number)
             if number == 0:
-                shared.update(env)
-            hidden = env[self.carried[place]]
-            for name, node in zip(outputs, returned.args[0], strict=True):
-                if name.startswith(f"present.{place}."):
-                    renamed = self._renamed(name, place, number)
-                    present[renamed] = env[node] if node in env else given_of(node, given)
+                common |= build.env
+            hidden = build.env[self.carried[place]]
+            for name, node in zip(outputs, self.returned.args[0], strict=True):
+                if is_of_cache(name) and int(name.split(".")[1]) == place:
+                    present[self.renamed(name, place, number)] = build.taken(node, place, number)
         assert hidden is not None
-        last = {**shared, self.carried[-1]: hidden}
-        for node in self.graph.nodes:
-            if self.place[node] == BEHIND and node.op == "call_function":
-                last[node] = copied(node, last, -1, -1)
-        results, returns = [], []
-        for name, node in zip(outputs, returned.args[0], strict=True):
-            if not name.startswith("present."):
-                results.append(name)
-                returns.append(taken(node, last, -1, -1))
-        results += list(present)
-        returns += list(present.values())
-        graph.output(tuple(returns)).meta = {}
-        return graph, ports, results
+        build.env = {**common, self.carried[-1]: hidden}
+        build.nodes(self._outside(BEHIND), -1, -1)
+        results = {
+            name: build.taken(node, -1, -1)
+            for name, node in zip(outputs, self.returned.args[0], strict=True)
+            if not is_of_cache(name)
+        }
+        results |= present
+        build.graph.output(tuple(results.values())).meta = {}
+        return build.graph, ports, list(results)
+
+    def _outside(self, where: int) -> list[fx.Node]:
+        return [n for n, place in self.place.items() if place == where and n.op == "call_function"]
+
+    def renamed(self, name: str, place: int, number: int) -> str:
+        """A tensor's or port's name within a layer, as another layer has it."""
+        if is_of_cache(name):
+            kind, found, rest = name.split(".", 2)
+            return f"{kind}.{number}.{rest}" if int(found) == place else name
+        path = self.stack.path
+        return name.replace(f"{path}.{place}.", f"{path}.{number}.", 1)
 
 
-def given_of(node: fx.Node, given: dict[str, fx.Node]) -> fx.Node:
-    """The placeholder that a returned value is."""
-    return given[str(node.target)]
+class _Copy:
+    """A graph under construction of copies of another's nodes.
+
+    Args:
+        regions: The other graph.
+        inputs: The names of its placeholders.
+        originals: For each the name of the placeholder that it is a copy of.
+    """
+
+    def __init__(self, regions: _Regions, inputs: list[str], originals: list[str]) -> None:
+        self.regions, self.graph = regions, fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self._named: dict[str, fx.Node] = {}
+        old = {node.target: node for node in regions.graph.nodes if node.op == "placeholder"}
+        for name, original in zip(inputs, originals, strict=True):
+            self._named[name] = self.graph.placeholder(name)
+            self._named[name].meta = dict(old[original].meta)
+
+    def taken(self, node: fx.Node, place: int, number: int) -> fx.Node:
+        """What stands for a node in the copy of the layer at a place as another one."""
+        if node.op not in ("placeholder", "get_attr"):
+            return self.env[node]
+        name = self.regions.renamed(str(node.target), place, number)
+        if name not in self._named:
+            self._named[name] = self.graph.create_node("get_attr", name)
+            self._named[name].meta = dict(node.meta)
+        return self._named[name]
+
+    def nodes(self, nodes: Sequence[fx.Node], place: int, number: int) -> None:
+        """Appends copies of nodes, those of a layer for the layer of another number."""
+        for node in nodes:
+            new = self.graph.node_copy(node, lambda n: self.taken(n, place, number))
+            module = self.regions.renamed(f"{owner(node)}.", place, number)[:-1]
+            new.meta = {**node.meta, "module": module}
+            self.env[node] = new
+
+
+def is_of_cache(name: str) -> bool:
+    """Whether a port has keys or values of a layer."""
+    return name.startswith(("past_key_values.", "present."))

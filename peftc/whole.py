@@ -8,7 +8,7 @@ never read for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from peftc.calling import Call, Port, Tensors, calls
 from peftc.capturing import CheckpointSource
 from peftc.errors import CaptureError
-from peftc.normal import normalize, owner
+from peftc.normal import mutates, normalize, owner
 from peftc.outline import skeleton
 from peftc.program import Program
-from peftc.repeated import Stack, Unlike, lengthen, shorten, shortened_name
+from peftc.repeated import Stack, Unlike, lengthen, shorten
 
-IMPLEMENTATION = "peftc_whole"  # of attention: one operator, keys and values not repeated
+IMPLEMENTATION = "peftc_whole"  # of attention and of experts: what exports well
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,11 @@ def capture_whole(program: Program, dtype: torch.dtype = torch.float32) -> list[
 
 def _capture(program: Program, dtype: torch.dtype, short: bool) -> list[Whole]:
     model = _prepared(program)
+    _fill_buffers(model)
     stacks = shorten(model) if short else []
+    held = _unsaved(model)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    held = _fake(model, mode, dtype)
+    _fake(model, mode, dtype)
     with mode, torch.no_grad():
         found = calls(model)
     return [_exported(program, model, call, stacks, held, mode) for call in found]
@@ -101,40 +103,44 @@ def _prepared(program: Program) -> nn.Module:
     if model._supports_sdpa:
         model.set_attn_implementation(IMPLEMENTATION)
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        model.set_experts_implementation("batched_mm")  # of the three the one that exports
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config.use_cache = True
+        model.set_experts_implementation(IMPLEMENTATION)
     module: nn.Module = model.eval()
     return module
 
 
-def _fake(model: Any, mode: FakeTensorMode, dtype: torch.dtype) -> Tensors:
-    """Gives a model fake parameters on the CPU; the values of its buffers, which are real.
-
-    Raises:
-        CaptureError: A buffer's values cannot be worked out from the config.
-    """
+def _fill_buffers(model: Any) -> None:
+    """Has transformers work out the values of the buffers of a model on the meta device."""
     for module in model.modules():
         for name, old in module._buffers.items():
             if old is not None and old.is_meta:
                 fill = float("nan") if old.is_floating_point() else 0
                 module._buffers[name] = torch.full(old.shape, fill, dtype=old.dtype)
+    model.initialize_weights()  # parameters have no memory yet
+
+
+def _unsaved(model: nn.Module) -> Tensors:
+    """The buffers that no file has.
+
+    Raises:
+        CaptureError: The values of one are not known.
+    """
     stored = set(model.state_dict())
-    if hasattr(model, "initialize_weights"):
-        model.initialize_weights()  # of what is saved nowhere; parameters have no memory yet
-    held: Tensors = {}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name in stored:
-            continue
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    held = {name: buffer for name, buffer in buffers.items() if name not in stored}
+    for name, buffer in held.items():
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise CaptureError(
                 "is a buffer that no file has, and transformers does not say how to compute it",
                 where=name,
                 fix="write the model with --format safetensors",
             )
-        held[name] = buffer
+    return held
+
+
+def _fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
+    """Gives a model fake parameters on the CPU; tied ones stay tied."""
+    shared: dict[int, nn.Parameter] = {}
     with mode:
-        shared: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, old in module._parameters.items():
                 if old is None:
@@ -144,7 +150,6 @@ def _fake(model: Any, mode: FakeTensorMode, dtype: torch.dtype) -> Tensors:
                     new = torch.empty(old.shape, dtype=wanted, device="cpu")
                     shared[id(old)] = nn.Parameter(new, requires_grad=False)
                 module._parameters[name] = shared[id(old)]
-    return held
 
 
 class _Flat(nn.Module):
@@ -188,21 +193,24 @@ def _exported(
             where=_blamed(error) or type(model).__name__,
             fix="write the model with --format safetensors; the module's own code is in the way",
         ) from error
-    outputs = tuple(_output_names(exported))
-    graph, values = normalize(exported, call.inputs, outputs)
+    outputs = list(_output_names(exported))
+    if any(mutates(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})  # as functions, and nothing else
+    names = _dimensions(exported, call.inputs)
+    graph, values = normalize(exported, call.inputs)
     values = {**held, **values}
-    inputs, ports = list(call.inputs), list(outputs)
+    inputs, ports = list(call.inputs), outputs
     for stack in stacks:
         graph, inputs, ports = lengthen(graph, inputs, ports, stack)
-    names = {node.target for node in graph.nodes if node.op == "get_attr"}
-    kept = {name: x for name, x in values.items() if name in names}
-    if lacking := sorted(map(str, names - kept.keys() - program.constants.keys())):
+    named = {node.target for node in graph.nodes if node.op == "get_attr"}
+    kept = {name: x for name, x in values.items() if name in named}
+    if lacking := sorted(map(str, named - kept.keys() - program.constants.keys())):
         raise CaptureError(
             "is no tensor of the checkpoint", where=lacking[0], fix="save the checkpoint again"
         )
     node = next(n for n in reversed(graph.nodes) if n.op == "output")
     returned = tuple(
-        Port(name, _dims(name, value.meta["val"], inputs), value.meta["val"].dtype)
+        Port(name, _dims(value.meta["val"], names), value.meta["val"].dtype)
         for name, value in zip(ports, node.args[0], strict=True)
     )
     counts = {
@@ -220,19 +228,28 @@ def _output_names(exported: Any) -> Iterator[str]:
     yield from spec.context
 
 
-def _dims(name: str, value: torch.Tensor, inputs: list[Port]) -> tuple[int | str, ...]:
-    """An output's dimensions by their names."""
-    known: list[str] = ["batch", "sequence"]
-    if name.startswith("present."):
-        known = ["batch", "past + sequence"]
-    elif any("encoder_sequence" in port.dims for port in inputs) and name != "logits":
-        known = ["batch", "encoder_sequence"]
+def _dimensions(exported: Any, inputs: Sequence[Port]) -> dict[str, str]:
+    """The name of each dimension that varies, by torch's symbol for it."""
+    names: dict[str, str] = {}
+    given = exported.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.name in given}
+    for name, port in zip(given, inputs, strict=True):
+        for size, dim in zip(values[name].shape, port.dims, strict=True):
+            if isinstance(dim, str):
+                names.setdefault(str(size), dim)
+    return names
+
+
+def _dims(value: torch.Tensor, names: Mapping[str, str]) -> tuple[int | str, ...]:
+    """A tensor's dimensions by their names; what comes of two is a sum of theirs."""
     dims: list[int | str] = []
-    for size in value.shape:
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    for size in sizes:
         if isinstance(size, int):
             dims.append(size)
-        else:
-            dims.append(known.pop(0) if known else str(size))
+            continue
+        parts = sorted(names.get(part.strip(), part) for part in str(size).split("+"))
+        dims.append(" + ".join(parts))
     return tuple(dims)
 
 
@@ -255,9 +272,9 @@ def _blamed(error: BaseException) -> str | None:
     """The innermost module whose forward an error went through, by its class."""
     found, trace = None, error.__traceback__
     while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and trace.tb_frame.f_code.co_name == "forward":
-            found = type(owner).__name__
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and trace.tb_frame.f_code.co_name == "forward":
+            found = type(module).__name__
         trace = trace.tb_next
     return found
 
@@ -313,12 +330,39 @@ def _attend(
     return result.transpose(1, 2), None
 
 
+def _experts(
+    experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Fused experts, each of which sees every token: no weight is copied, as choosing them would.
+
+    Args:
+        experts: The module.
+        hidden: (tokens, features).
+        index: (tokens, experts per token): the chosen experts.
+        weights: (tokens, experts per token): their weights.
+    """
+    chosen = index.unsqueeze(-1) == torch.arange(experts.num_experts, device=index.device)
+    share = (chosen * weights.unsqueeze(-1)).sum(1)  # (tokens, experts)
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = getattr(experts, name)
+        y = torch.matmul(x, weight if experts.is_transposed else weight.transpose(1, 2))
+        return y + getattr(experts, f"{name}_bias").unsqueeze(1) if experts.has_bias else y
+
+    inner = linear("gate_up_proj" if experts.has_gate else "up_proj", hidden.unsqueeze(0))
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    outer = linear("down_proj", inner)
+    if experts.has_post_expert_norm:
+        outer = experts.post_expert_norm(outer)
+    result: torch.Tensor = (outer * share.t().unsqueeze(-1)).sum(0).to(hidden.dtype)
+    return result
+
+
 def _register() -> None:
     from transformers import AttentionInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-
-
-__all__ = ["Whole", "capture_whole", "shortened_name"]
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)

@@ -19,6 +19,7 @@ ORDER = [
     "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "targets", "contract",
     "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "pipeline",
     "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing", "structure",
+    "calling", "normal", "repeated", "whole",
     "storage", "artifact", "early", "link", "fusing", "functions", "surrounding", "live", "virtual",
     "prompt_cache", "prefixes", "optimizer_groups", "witness", "proof", "spectra", "analysis",
     "survival", "kernels", "passes", "exporters", "recipe", "merging", "api", "terminal",
