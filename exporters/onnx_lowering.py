@@ -63,7 +63,7 @@ class Lowering:
         self.module = ""  # that is being lowered
         self._constants: dict[Any, ir.Value] = {}
         self._casts: dict[tuple[ir.Value, torch.dtype], ir.Value] = {}
-        self._counts: dict[str, int] = {}
+        self._counts = {port.name: 0 for port in (*whole.inputs, *whole.outputs)}
         self._dtypes = {
             str(n.target): n.meta["val"].dtype for n in whole.graph.nodes if n.op == "get_attr"
         }
@@ -108,11 +108,10 @@ class Lowering:
         return self.table.get(node.target) or self.table.get(operator_of(node))
 
     def _check(self) -> None:
-        lacking = {
-            operator_of(node): owner(node)
-            for node in self.whole.graph.nodes
-            if node.op == "call_function" and self._rule(node) is None
-        }
+        lacking: dict[str, str] = {}
+        for node in self.whole.graph.nodes:
+            if node.op == "call_function" and self._rule(node) is None:
+                lacking.setdefault(operator_of(node), owner(node))
         if lacking:
             name, module = next(iter(lacking.items()))
             more = f" (nor for {', '.join(list(lacking)[1:])})" if len(lacking) > 1 else ""
@@ -138,7 +137,10 @@ class Lowering:
     ) -> tuple[ir.Value, ...]:
         """Appends a node of several outputs; returns them."""
         given = {name: item for name, item in attributes.items() if item is not None}
-        node = ir.node(kind, list(inputs), given, domain=domain, num_outputs=outputs)
+        present = list(inputs)
+        while present and present[-1] is None:
+            present.pop()
+        node = ir.node(kind, present, given, domain=domain, num_outputs=outputs)
         node.name = self._unique(f"{self.module}.{kind}" if self.module else kind)
         for index, value in enumerate(node.outputs):
             value.name = node.name if outputs == 1 else f"{node.name}.{index}"

@@ -72,6 +72,12 @@ def logical(kind: str) -> Rule:
     return rule
 
 
+def _floor_divide(to: Lowering, node: Any) -> ir.Value:
+    dtype = _result(node)
+    quotient = to.op("Div", *(to.of(x, torch.float64) for x in node.args[:2]))
+    return to.cast(to.op("Floor", quotient), dtype)
+
+
 def reduction(kind: str) -> Rule:
     """A reduction over some dimensions, or all."""
 
@@ -216,7 +222,7 @@ def _divide(to: Lowering, node: Any) -> ir.Value:
     rounding, dtype = argument(node, 2, "rounding_mode", None), _result(node)
     if rounding is None:
         return to.op("Div", *(to.of(x, dtype) for x in node.args[:2]))
-    wide = torch.float32
+    wide = torch.float64 if not dtype.is_floating_point else dtype
     quotient = to.op("Div", *(to.of(x, wide) for x in node.args[:2]))
     if rounding == "floor":
         return to.cast(to.op("Floor", quotient), dtype)
@@ -314,6 +320,7 @@ def _sample(operand: Any) -> Any:
 TABLE: Mapping[Any, Rule] = {
     # element by element
     "add": binary("Add"), "sub": binary("Sub"), "mul": binary("Mul"), "div": _divide,
+    "floor_divide": _floor_divide,
     "rsub": reverse("Sub"), "pow": binary("Pow"), "minimum": binary("Min"),
     "maximum": binary("Max"),
     "neg": unary("Neg"), "abs": unary("Abs"), "exp": unary("Exp"), "log": unary("Log"),
@@ -327,7 +334,7 @@ TABLE: Mapping[Any, Rule] = {
     "eq": compare("Equal"), "ne": compare("Equal", True), "lt": compare("Less"),
     "le": compare("LessOrEqual"), "gt": compare("Greater"), "ge": compare("GreaterOrEqual"),
     "min": extreme("Min"), "max": extreme("Max"), "__and__": logical("And"),
-    "__or__": logical("Or"), "bitwise_and": logical("And"),
+    "__or__": logical("Or"), "__xor__": logical("Xor"), "bitwise_and": logical("And"),
     "bitwise_or": logical("Or"), "logical_and": logical("And"), "logical_or": logical("Or"),
     "logical_not": unary("Not"), "bitwise_not": unary("Not"),
     # reductions

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftc.errors import PeftcError
     from peftc.exporters.to_adapterhub import to_adapterhub
     from peftc.exporters.to_cache import to_cache
+    from peftc.exporters.to_onnx import to_onnx
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
@@ -43,6 +44,7 @@ _HOMES = {
     "errors": ("PeftcError",),
     "exporters.to_adapterhub": ("to_adapterhub",),
     "exporters.to_cache": ("to_cache",),
+    "exporters.to_onnx": ("to_onnx",),
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
@@ -67,8 +69,8 @@ __all__ = [
     "Artifact", "Attach", "Combine", "Effect", "Fold", "Lora", "Merge", "Method", "Pass",
     "PassResult", "PeftcError", "Pipeline", "Program", "PromptCache", "Recipe", "SiteAnalysis",
     "Unmerge", "absorb", "analyse", "apply", "capture", "export", "load", "materialize",
-    "optimizer_groups", "prefix_cache", "restore_base", "to_adapterhub", "to_cache", "to_peft",
-    "to_safetensors", "verify",
+    "optimizer_groups", "prefix_cache", "restore_base", "to_adapterhub", "to_cache", "to_onnx",
+    "to_peft", "to_safetensors", "verify",
 ]  # fmt: skip
 
 

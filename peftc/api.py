@@ -251,6 +251,8 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
+    if format == "onnx":  # before any work: its libraries may be missing
+        from peftc.exporters.to_onnx import to_onnx
     program, report = load(source, progress), None
     steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
     program = Pipeline(build(steps, "--adapter")).run(program, progress)
@@ -274,8 +276,6 @@ def export(
         return to_adapterhub(program, target, overwrite=overwrite)
     remarks = {"merge": report} if report else {}
     if format == "onnx":
-        from peftc.exporters.to_onnx import to_onnx
-
         return to_onnx(
             program,
             target,

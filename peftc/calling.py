@@ -125,6 +125,8 @@ def _plain(model: Any, given: Tensors) -> Tensors:
 
 
 def _causal(model: nn.Module) -> Call:
+    if getattr(model, "_is_stateful", False):
+        raise _stateful(model)
     takes = inspect.signature(model.forward).parameters
     inputs = [
         Port("input_ids", ("batch", "sequence"), torch.int64),
@@ -212,24 +214,21 @@ def _past_ports(
 ) -> list[Port]:
     """What a run without a past leaves in the cache, of which every layer has its own shape."""
     sizes = {**SIZES, "past + sequence": SIZES["sequence"]}
-    try:
-        with torch.no_grad():
-            left = run(model, {port.name: port.example(sizes) for port in inputs})
-    except AttributeError as error:
-        raise CaptureError(
-            f"its state is more than keys and values ({error})",
-            where=type(model).__name__,
-            fix="write it with --format safetensors",
-        ) from error
+    with torch.no_grad():
+        left = run(model, {port.name: port.example(sizes) for port in inputs})
     ports = []
     for name, x in left.items():
         if name.startswith("present."):
             if not isinstance(x, torch.Tensor) or x.dim() != 4:
-                raise CaptureError(
-                    "its state is more than keys and values",
-                    where=type(model).__name__,
-                    fix="write it with --format safetensors",
-                )
+                raise _stateful(model)
             dims = ("batch", x.shape[1], "past", x.shape[3])
             ports.append(Port(name.replace("present.", "past_key_values."), dims, x.dtype))
     return ports
+
+
+def _stateful(model: nn.Module) -> CaptureError:
+    return CaptureError(
+        "its state is more than keys and values",
+        where=type(model).__name__,
+        fix="write it with --format safetensors",
+    )

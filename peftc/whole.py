@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from peftc.calling import Call, Port, Tensors, calls
 from peftc.capturing import CheckpointSource
-from peftc.errors import CaptureError
+from peftc.errors import CaptureError, PeftcError
 from peftc.normal import mutates, normalize, owner
 from peftc.outline import skeleton
 from peftc.program import Program
@@ -84,7 +84,7 @@ def _capture(program: Program, dtype: torch.dtype, short: bool) -> list[Whole]:
     held = _unsaved(model)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     _fake(model, mode, dtype)
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _blaming(model):
         found = calls(model)
     return [_exported(program, model, call, stacks, held, mode) for call in found]
 
@@ -182,17 +182,10 @@ def _exported(
         for port in call.inputs
     }
     flat = _Flat(model, call).eval()
-    try:
-        with torch.no_grad(), _quick():
-            exported = torch.export.export(
-                flat, (example,), dynamic_shapes={"given": dynamic}, strict=False
-            )
-    except Exception as error:  # whatever torch or the model's own code raises
-        raise CaptureError(
-            f"torch.export cannot capture it: {_first_line(error)}",
-            where=_blamed(error) or type(model).__name__,
-            fix="write the model with --format safetensors; the module's own code is in the way",
-        ) from error
+    with torch.no_grad(), _quick(), _blaming(model):
+        exported = torch.export.export(
+            flat, (example,), dynamic_shapes={"given": dynamic}, strict=False
+        )
     outputs = list(_output_names(exported))
     if any(mutates(node) for node in exported.graph.nodes):
         exported = exported.run_decompositions({})  # as functions, and nothing else
@@ -262,6 +255,21 @@ def _quick() -> Iterator[None]:
         yield
     finally:
         torch.fx.config.do_not_emit_stack_traces = before
+
+
+@contextmanager
+def _blaming(model: nn.Module) -> Iterator[None]:
+    """Makes of whatever torch or the model's own code raises an error that names the module."""
+    try:
+        yield
+    except PeftcError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture it: {_first_line(error)}",
+            where=_blamed(error) or type(model).__name__,
+            fix="write the model with --format safetensors; the module's own code is in the way",
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
