@@ -14,6 +14,7 @@ from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
 from peftc.exporters.onnx_fusing import fuse
+from peftc.exporters.onnx_genai import FILE, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
 from peftc.exporters.onnx_proof import prove
@@ -104,6 +105,8 @@ def to_onnx(
             link(program, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
+        if (config := genai_config(program, lowered.wholes)) is not None:
+            stage.add(FILE, config)
         progress.stage("check")
         check(stage)
         progress.stage("prove")

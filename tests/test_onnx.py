@@ -106,9 +106,47 @@ def test_greedy_tokens_are_transformers_own(merged: Path) -> None:
     assert Runner(merged).greedy(ids, 40).tolist() == want.tolist()
 
 
+def generated(path: Path, ids: list[int], count: int) -> list[int]:
+    """What onnxruntime-genai makes of a directory, in which nothing is edited."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(path))
+    options = onnxruntime_genai.GeneratorParams(model)
+    length = len(ids) + count
+    options.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, options)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_onnxruntime_genai_generates_the_same_from_the_same_directory(
+    name: str, merged: Path, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    path = merged
+    if name != "llama":
+        path = tmp_path / "out"
+        peftc.export(checkpoint(name), path, format="onnx", proof="sites")
+    ids = [5, 17, 3, 29, 8]
+    want = auto(path, torch.float32).generate(
+        torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False
+    )
+    assert generated(path, ids, 20) == want[0].tolist()
+
+
+def test_genai_config_is_left_out_where_nothing_ends_a_text(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """The tiny GPT-2's config names an end that is not in its vocabulary."""
+    artifact = peftc.export(checkpoint("gpt2"), tmp_path / "out", format="onnx", proof="sites")
+    assert "genai_config.json" not in artifact.manifest["files"]
+
+
 def test_directory_serves_transformers_too_and_holds_each_weight_once(merged: Path) -> None:
     names = {file.name for file in merged.iterdir()}
-    assert names >= {"model.onnx", "model.safetensors", "config.json", "peftc.json"}
+    assert names >= {"model.onnx", "model.safetensors", "config.json", "genai_config.json"}
     proto = onnx.load(str(merged / "model.onnx"), load_external_data=False)
     stored = {key for file in peftc.capture(merged).source.layout() for key in file.tensors}
     outside = [t for t in proto.graph.initializer if t.external_data]
