@@ -313,7 +313,6 @@ def export(
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
-    remarks = {"merge": report} if report else {}
     if format == "onnx":
         return to_onnx(
             program,
