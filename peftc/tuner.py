@@ -110,8 +110,6 @@ class Tuner(Trainer):  # type: ignore[misc]  # transformers has no types
         )
         return metrics
 
-    # ------------------------------------------------------------------ what checkpoints hold
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
@@ -192,8 +190,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
         self.spent = max((line.get("seconds", 0.0) for line in self.run.metrics), default=0.0)
         self.began, self.tokens = time.perf_counter(), 0
 
-    # ---------------------------------------------------------------------------- the Trainer's
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began, self.tokens = time.perf_counter(), state.num_input_tokens_seen
 
@@ -245,8 +241,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
         if state.is_world_process_zero:
             best = best_of(state.log_history) if self.tuning.patience else None
             self.run.seal(self.run.root / f"{PREFIX}{state.global_step}", self.tuning.keep, best)
-
-    # ----------------------------------------------------------------------------------- our own
 
     @property
     def steps_per_epoch(self) -> int:

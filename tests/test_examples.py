@@ -43,9 +43,6 @@ def learned(rows: Rows, index: int = 0) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------- what is learned
-
-
 @pytest.mark.parametrize(
     ("record", "options", "text", "wanted"),
     [
@@ -101,9 +98,6 @@ def test_gaps_that_a_table_leaves_in_messages_reach_no_template(tmp_path: Path) 
     odd = [{"role": "user", "content": "a", "name": "b"}, {"role": "assistant", "content": "c"}]
     found = read(lines(tmp_path / "a.jsonl", [{"messages": odd}, {"messages": CHAT}]))
     assert found[1].text.count("<|im|>") == 4
-
-
-# ------------------------------------------------------------------------------------ what is wrong
 
 
 @pytest.mark.parametrize(
@@ -192,9 +186,6 @@ def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
 
-# ------------------------------------------------------------------------------------------- length
-
-
 def test_too_long_examples_are_cut_or_left_out(tmp_path: Path) -> None:
     far = {"prompt": "p" * 150, "completion": "c"}
     records = [{"prompt": "p" * 20, "completion": "c" * 200}, far, PAIR]
@@ -256,9 +247,6 @@ def test_batch_is_padded_with_what_counts_for_nothing(sizes: list[int], packed: 
         assert starts.tolist() == [1 + (n < max(sizes)) for n in sizes]
     else:
         assert torch.equal(batch["attention_mask"] == 0, padding)
-
-
-# ------------------------------------------------------------------------------------------ packing
 
 
 def small(cls: str, **options: Any) -> Any:

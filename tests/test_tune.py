@@ -77,9 +77,6 @@ def rows_of(base: Path, data: Path) -> Rows:
     return token_rows(read_examples(how, str(data), tokenizer), how, tokenizer, 128)
 
 
-# ------------------------------------------------------------------------------ what is learned
-
-
 def test_tuned_adapter_is_what_apply_writes_and_peft_loads(base: Path, unbroken: Artifact) -> None:
     figures = unbroken.manifest["training"]
     assert unbroken.manifest["kind"] == "apply" and not unbroken.damage()
@@ -206,9 +203,6 @@ def test_larger_rate_for_b_is_lora_plus(base: Path, data: Path, tmp_path: Path) 
     b = next(name for name in weights(artifact) if "lora_B" in name)
     assert float(weights(artifact)[b].abs().mean()) > 8 * float(weights(plain)[b].abs().mean())
     assert seen[-1] == {"done": 2, "total": 2}
-
-
-# -------------------------------------------------------------------------- whatever happens to it
 
 
 def go(base: Path, data: Path, out: Path, **options: Any) -> Artifact:
@@ -399,9 +393,6 @@ def test_old_checkpoints_go_and_the_best_stays(base: Path, data: Path, tmp_path:
 def test_loss_that_is_no_number_ends_the_run(base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the loss of step 2 is nan"):
         tune(base, tuning(data, lr=1e30, warmup=0, clip=0), tmp_path / "out", [Lora(rank=4)])
-
-
-# ------------------------------------------------------------------------------ before any work
 
 
 @pytest.mark.parametrize(
