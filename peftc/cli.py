@@ -32,8 +32,9 @@ def cli() -> None:
     """
 
 
-for command in (tune, evaluate, plan):
-    cli.add_command(command)
+cli.add_command(plan)
+cli.add_command(tune)
+cli.add_command(evaluate)
 
 
 @cli.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="PASS...")
@@ -113,7 +114,8 @@ def _apply(
 )
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
-    "--format", "form", type=click.Choice(["safetensors", "peft", "adapterhub", "cache"]),
+    "--format", "form",
+    type=click.Choice(["safetensors", "onnx", "peft", "adapterhub", "cache"]),
     default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
@@ -153,6 +155,7 @@ def export(
 
     \b
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
+      peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
@@ -347,6 +350,13 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{whole['relative_error']:.1e} (bound {whole['bound']:.0e}), KL {whole['kl']:.1e}, "
             f"top-1 agreement {whole['top1_agreement']:.0%}"
         )
+    for name, seen in (proof.get("onnx") or {}).items():
+        if name.endswith(".onnx"):
+            terminal.say(
+                f"[green]✓[/] {name} in onnxruntime equals eager torch: largest relative error "
+                f"{seen['relative_error']:.1e} (bound {proof['onnx']['bound']:.0e}), of the "
+                f"largest value, at {seen['at']}"
+            )
 
 
 def _say_merge(terminal: Terminal, report: Mapping[str, Any] | None) -> None:
