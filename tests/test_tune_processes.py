@@ -22,8 +22,8 @@ from .talker import sums, talker, tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HOW = (
-    "--steps 6 --batch-size 8 --micro-batch 2 --save-steps 2 --lr 5e-3 --no-plot --device cpu "
-    "--eval-share 0.2 --eval-steps 3"
+    "--steps 16 --batch-size 8 --micro-batch 2 --save-steps 2 --lr 5e-3 --no-plot --device cpu "
+    "--eval-share 0.2 --eval-steps 8"
 )
 
 
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    how = tuning(data, steps=6, micro_batch=4, eval_share=0.2, eval_steps=3, save_steps=2)
+    how = tuning(data, steps=16, micro_batch=4, eval_share=0.2, eval_steps=8, save_steps=2)
     return tune(base, how, tmp_path_factory.mktemp("alone") / "out", [Lora(rank=4)])
 
 
@@ -66,19 +66,22 @@ def figures(artifact: Artifact, key: str) -> list[float]:
     return [line[key] for line in map(json.loads, text.splitlines()) if key in line]
 
 
+def children(parent: int) -> list[int]:
+    """The processes that a process began."""
+    file = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+
 def test_two_processes_train_as_one_though_one_was_lost(
     base: Path, data: Path, alone: Artifact, tmp_path: Path
 ) -> None:
     call = {"cwd": ROOT, "env": environment(), "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(launched(base, data, tmp_path / "out"), **call) as agent:  # type: ignore[call-overload]
         work = tmp_path / ".out.peftc-training"
+        workers = list[int]()
         while not (work / "checkpoint-2/sealed").exists() and agent.poll() is None:
-            time.sleep(0.01)
-        found = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(agent.pid)], capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-        workers = [int(line.split()[0]) for line in found.stdout.splitlines() if "peftc" in line]
+            workers = workers if len(workers) == 2 else children(agent.pid)
+            time.sleep(0.005)
         os.kill(workers[-1], signal.SIGKILL)
         _, err = agent.communicate(timeout=120)
     assert agent.returncode not in (0, None)
