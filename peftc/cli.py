@@ -16,7 +16,8 @@ from peftc.cli_options import common as _common
 from peftc.cli_options import needed as _needed
 from peftc.cli_options import output as _output
 from peftc.cli_plan import plan
-from peftc.errors import PeftcError, located, raise_all
+from peftc.cli_tune import evaluate, tune
+from peftc.errors import PeftcError, RecipeError, located, raise_all
 from peftc.terminal import Terminal, hush
 
 PROOFS = click.Choice(["auto", "sites", "whole"])
@@ -32,6 +33,8 @@ def cli() -> None:
 
 
 cli.add_command(plan)
+cli.add_command(tune)
+cli.add_command(evaluate)
 
 
 @cli.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="PASS...")
@@ -69,7 +72,13 @@ def _apply(
     if recipe is not None:
         if steps:
             raise click.UsageError("Give passes or --recipe, not both.")
-        passes = Recipe.load(recipe).build(str(recipe))
+        loaded = Recipe.load(recipe)
+        if loaded.tune is not None:
+            raise RecipeError(
+                "says how to train, which apply does not", where=str(recipe),
+                fix=f"peftc tune {base} -o {target} --recipe {recipe}",
+            )  # fmt: skip
+        passes = loaded.build(str(recipe))
     elif steps:
         passes = build(steps, "peftc apply")
     else:
@@ -105,7 +114,8 @@ def _apply(
 )
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
-    "--format", "form", type=click.Choice(["safetensors", "peft", "adapterhub", "cache"]),
+    "--format", "form",
+    type=click.Choice(["safetensors", "onnx", "peft", "adapterhub", "cache"]),
     default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
@@ -145,6 +155,7 @@ def export(
 
     \b
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
+      peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
@@ -339,6 +350,13 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{whole['relative_error']:.1e} (bound {whole['bound']:.0e}), KL {whole['kl']:.1e}, "
             f"top-1 agreement {whole['top1_agreement']:.0%}"
         )
+    for name, seen in (proof.get("onnx") or {}).items():
+        if name.endswith(".onnx"):
+            terminal.say(
+                f"[green]✓[/] {name} in onnxruntime equals eager torch: largest relative error "
+                f"{seen['relative_error']:.1e} (bound {proof['onnx']['bound']:.0e}), of the "
+                f"largest value, at {seen['at']}"
+            )
 
 
 def _say_merge(terminal: Terminal, report: Mapping[str, Any] | None) -> None:

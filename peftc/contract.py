@@ -233,9 +233,6 @@ class Method(Targets, Pass):
             tensors: Of a prefixed method: those that belong to the model as a whole.
         """
 
-    def withdraw(self, model: nn.Module) -> None:
-        """Takes back what `enliven` did, if it did; the model keeps its tensors."""
-
     def schedule(self, program: Program, model: nn.Module, total_steps: int) -> Schedule | None:
         """What the training loop does for this method beside its own steps, if anything.
 
@@ -245,6 +242,9 @@ class Method(Targets, Pass):
             total_steps: How many steps the optimizer will take.
         """
         return None
+
+    def withdraw(self, model: nn.Module) -> None:
+        """Takes back what `enliven` did, if it did; the model keeps its tensors."""
 
     def trains(self, program: Program, sites: list[str]) -> list[str]:
         """The base's own tensors that this method trains, by name."""

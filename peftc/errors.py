@@ -67,6 +67,20 @@ class ArtifactError(PeftcError):
     """An output directory that cannot be written, or an artifact that is not whole."""
 
 
+class DataError(PeftcError):
+    """Examples that cannot be read, or cannot be learned from."""
+
+
+class TrainingError(PeftcError):
+    """A training that cannot begin, or broke off."""
+
+
+class Interrupted(TrainingError):
+    """A training that was asked to stop; it can go on."""
+
+    exit_code = 130
+
+
 class ProofError(PeftcError):
     """An artifact that is not equal to what it came from, within its bound."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,11 +78,18 @@ def plan(program: Program, folder: str = "") -> list[Shard]:
     return [_shard(program, file, folder) for file in program.source.layout()]
 
 
+def shard_of(name: str, tensors: Mapping[str, Constant]) -> Shard:
+    """A file of tensors that the source's layout does not have, each as large as it is written."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].spec.dtype.itemsize)
+    return _laid_out(OutputFile(name, tuple(tensors), {"format": "pt"}), "", ordered)
+
+
 def link(
     program: Program,
     stage: Staging,
     folder: str = "",
     *,
+    shards: list[Shard] | None = None,
     workers: int | None = None,
     watch: Watch = lambda key: None,
     progress: Progress = SILENT,
@@ -94,6 +101,7 @@ def link(
         program: What to write.
         stage: Where; files that an earlier run sealed in it are not written again.
         folder: A folder of it, with a slash at its end.
+        shards: The files; default: those of the source's layout.
         workers: Threads that compute; default: one per core.
         watch: Gives a watcher for a stored tensor, or None.
         progress: Told of every byte written.
@@ -106,7 +114,7 @@ def link(
     workers = workers or len(os.sched_getaffinity(0))
     measured: dict[str, Any] = {}
     todo = []
-    for shard in plan(program, folder):
+    for shard in plan(program, folder) if shards is None else shards:
         if shard.name in stage.files:
             measured |= stage.notes[shard.name]
             progress.advance(shard.size)
@@ -242,7 +250,10 @@ def _order(outputs: list[_Output], workers: int) -> Iterator[tuple[_Output, int]
 
 
 def _shard(program: Program, file: OutputFile, folder: str) -> Shard:
-    tensors = contents(program, file)
+    return _laid_out(file, folder, contents(program, file))
+
+
+def _laid_out(file: OutputFile, folder: str, tensors: Sequence[tuple[str, Constant]]) -> Shard:
     table: dict[str, Any] = {}
     position = 0
     for key, constant in tensors:

@@ -163,17 +163,18 @@ def _built(
     return model
 
 
-def absorb(program: Program, model: nn.Module) -> Program:
+def absorb(program: Program, model: nn.Module | Mapping[str, torch.Tensor]) -> Program:
     """The program with the trained tensors of a live model in the place of its own.
 
     Args:
         program: What the model was materialized from.
-        model: The model after training, wrapped or not.
+        model: The model after training, wrapped or not, or its state_dict.
 
     Raises:
         PassError: The model lacks a tensor that the program trains, or has it in another shape.
     """
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    found = model.state_dict() if isinstance(model, nn.Module) else model
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
     if not program.trainable & set(state):  # wrapped, as DistributedDataParallel does
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     errors: list[PeftcError] = []

@@ -20,5 +20,8 @@ class Progress:
     def advance(self, count: int) -> None:
         """So many bytes more are done; called from any thread."""
 
+    def step(self, done: int, total: int, remark: str) -> None:
+        """So many steps of a training are done, of so many."""
+
 
 SILENT = Progress()

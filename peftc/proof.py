@@ -143,11 +143,16 @@ def site_proof(program: Program, measured: Mapping[str, Any]) -> dict[str, Any]:
 
 def wants_whole(program: Program, extent: Extent) -> bool:
     """Whether to compare whole models, by the caller's wish or the model's size."""
+    touched = any(program.touched(fqn) for fqn in program.stored.values())
+    rewritten = bool(program.source.edited()) or touched
+    known = isinstance(program.source, CheckpointSource)
+    return known and rewritten and affords_whole(program, extent)
+
+
+def affords_whole(program: Program, extent: Extent) -> bool:
+    """Whether whole models are to be loaded for a proof."""
     live = set(program.stored.values())
     count = sum(torch.Size(program.constants[f].spec.shape).numel() for f in live)
-    rewritten = program.source.edited() or any(program.touched(f) for f in live)
-    if not (isinstance(program.source, CheckpointSource) and rewritten):
-        return False
     return extent == "whole" or (extent == "auto" and 4 * count <= AUTO_BYTES)
 
 
@@ -165,7 +170,7 @@ def whole_proof(program: Program, written: Path) -> dict[str, Any]:
     want = _logits(model, inputs)
     del model
     gc.collect()
-    got = _logits(_loaded(checkpoint), inputs)
+    got = _logits(loaded(checkpoint), inputs)
     figures = differences(want, got)
     relative = figures["relative_error"]
     dtypes = {program.constants[f].spec.dtype for f in program.stored.values()}
@@ -193,15 +198,15 @@ def differences(want: torch.Tensor, got: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _loaded(checkpoint: Checkpoint) -> nn.Module:
+def loaded(checkpoint: Checkpoint) -> nn.Module:
     """A written model in fp32; a quantized one by peftc, since bitsandbytes may not be there."""
     if parts_of(checkpoint.tensors):
         return materialize(capture(checkpoint.path), dtype=torch.float32)
     model: Any = architecture(checkpoint).from_pretrained(
         checkpoint.path, dtype=torch.float32, local_files_only=True
     )
-    loaded: nn.Module = model.eval()
-    return loaded
+    module: nn.Module = model.eval()
+    return module
 
 
 def unfold(program: Program) -> Program:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peftc import registry
 from peftc.contract import Pass
-from peftc.errors import PassError, PeftcError, RecipeError, Violations, did_you_mean, raise_all
+from peftc.errors import (
+    PassError,
+    PeftcError,
+    RecipeError,
+    TrainingError,
+    Violations,
+    did_you_mean,
+    raise_all,
+)
 
 MAX_BYTES = 1 << 20
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Recipe(BaseModel):
@@ -29,6 +38,7 @@ class Recipe(BaseModel):
 
     peftc: Literal[1] = Field(description="version of the schema")
     passes: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+    tune: dict[str, Any] | None = Field(None, description="the options of `peftc tune`")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -106,10 +116,28 @@ def build(steps: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> list[Pa
     return passes
 
 
+def settings(cls: type[Settings], options: Mapping[str, Any], where: str, command: str) -> Settings:
+    """A command's settings from its options.
+
+    Raises:
+        TrainingError: Everything that is wrong with any of them.
+    """
+    try:
+        return cls(**options)
+    except ValidationError as error:
+        fields = list(cls.model_fields)
+        raise_all(explained(error, where, fields, TrainingError, f"{command} --help"))
+        raise
+
+
 def explained(
-    error: ValidationError, where: str, fields: list[str], kind: type[PeftcError]
+    error: ValidationError,
+    where: str,
+    fields: list[str],
+    kind: type[PeftcError],
+    shown: str = "peftc passes",
 ) -> list[PeftcError]:
-    """Pydantic's complaints as ours."""
+    """Pydantic's complaints as ours; `shown` is the command that shows what there is."""
     found: list[PeftcError] = []
     for problem in error.errors():
         at = ".".join(str(part) for part in problem["loc"])
@@ -123,10 +151,9 @@ def explained(
         else:
             got = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
             text = problem["msg"].removeprefix("Value error, ")
-            fix = (
-                f"correct {at}; `peftc passes` shows what it takes"
-                if at
-                else "begin with peftc: 1, then passes: and a list"
-            )
-            found.append(kind(f"{at}: {text[0].lower() + text[1:]}{got}", where=where, fix=fix))
+            fix = f"correct {at or 'them'}; `{shown}` shows what there is"
+            if not at and kind is RecipeError:
+                fix = "begin with peftc: 1, then passes: and a list"
+            named = f"{at}: " if at else ""
+            found.append(kind(f"{named}{text[0].lower() + text[1:]}{got}", where=where, fix=fix))
     return found

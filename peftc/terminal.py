@@ -161,6 +161,24 @@ class _Shown(Progress):
         if self.bar is not None:
             self.bar.advance(self.bar.task_ids[0], count)
 
+    def step(self, done: int, total: int, remark: str) -> None:
+        if self.bar is None:
+            from rich import progress as rich
+
+            self.bar = rich.Progress(
+                rich.TextColumn("  step"),
+                rich.MofNCompleteColumn(),
+                rich.BarColumn(),
+                rich.TextColumn("{task.description}"),
+                rich.TimeRemainingColumn(),
+                console=self.terminal.err,
+                disable=self.terminal.quiet,
+            )
+            # What a resumed run did before says nothing of how long the rest will take.
+            self.bar.add_task("", total=total, completed=done)
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], completed=done, description=remark)
+
     def stop(self) -> None:
         """Ends the bar, if one is shown."""
         if self.bar is not None:

@@ -216,6 +216,8 @@ def _forward(cls: Any, tokens: VirtualTokens) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         if not inputs.pop(DONE, False):
+            if _encodes(self) and "decoder_input_ids" in names:
+                _check_decoder(inputs)
             inputs = tokens.extend(inputs, _encodes(self))
         return cls.forward(self, **inputs)
 
@@ -275,6 +277,22 @@ def _generation(cls: Any, tokens: VirtualTokens) -> dict[str, Callable[..., Any]
 def _encodes(model: Any) -> bool:
     """Whether the tokens go into an encoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _check_decoder(inputs: Mapping[str, Any]) -> None:
+    """Keeps a model from making its decoder's ids of an encoder's, which hold virtual ones.
+
+    Raises:
+        PassError: It is left to do so.
+    """
+    given = (inputs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    labels = inputs.get("labels")
+    if all(x is None for x in given) and (labels is None or labels.dim() != 2):
+        raise PassError(
+            "a prompt before an encoder is none of the decoder's, which is given nothing",
+            where="forward",
+            fix="pass decoder_input_ids, or labels of (batch, length)",
+        )
 
 
 def _length(inputs: Mapping[str, Any]) -> int:

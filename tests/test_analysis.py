@@ -175,9 +175,6 @@ def pair_of(program: Program) -> Pair:
     return pair
 
 
-# --------------------------------------------------------------------------- against dense figures
-
-
 @pytest.mark.parametrize("method", [Lora(rank=3, alpha=6, targets=ALL), Renormed(targets=ALL)])
 def test_figures_equal_dense_ones_at_every_kind_of_site(method: Method) -> None:
     program = carrying(method)
@@ -258,9 +255,6 @@ def test_large_change_without_factors_is_sampled(monkeypatch: pytest.MonkeyPatch
     assert sampled.rank_of(0.99) == exact.rank_of(0.99)
     assert sampled.similarity(exact)[-1, -1] == pytest.approx(1, abs=1e-4)
     assert spectra.of_dense(random(90, 120, seed=2)).rank_of(0.99) is None, "more than are known"
-
-
-# ------------------------------------------------------------------------------ known by their make
 
 
 def test_spectrum_is_the_one_it_was_made_with() -> None:
@@ -344,9 +338,6 @@ def test_figures_do_not_depend_on_how_the_product_is_factored(
     ).cosine == pytest.approx(1, abs=1e-4)
 
 
-# -------------------------------------------------------------------------------- what has no ΔW
-
-
 def test_row_says_why_when_a_site_does_not_fold() -> None:
     program = carrying(Bent(targets=["wide"]))
     (change,) = only(program)
@@ -371,9 +362,6 @@ def test_module_trained_whole_is_analysed_by_itself() -> None:
 def test_nothing_to_analyse_is_an_error() -> None:
     with pytest.raises(PassError, match="no adapter"):
         analyse(peftc.capture(Model()))
-
-
-# --------------------------------------------------------------------------------- from directories
 
 
 @pytest.fixture(scope="module")

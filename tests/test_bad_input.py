@@ -55,9 +55,6 @@ def move_out(file: Path) -> None:
     replace_by_link(file, file.rename(file.parent.parent / "elsewhere"))
 
 
-# ------------------------------------------------------------------------------------ checkpoints
-
-
 def index(folder: Path, shard: object) -> None:
     (folder / INDEX).write_text("{}")
     edit(folder / INDEX, weight_map={"lm_head.weight": shard})
@@ -190,9 +187,6 @@ def test_hub_cache_is_refused_when_a_link_leads_to_another_model(
 def test_hub_id_is_refused_when_offline(tmp_path: Path) -> None:
     words = "org/nothing", "hf download org/nothing"
     refuse(tmp_path, CheckpointError, lambda out: export("org/nothing", out), *words)
-
-
-# --------------------------------------------------------------------------------------- adapters
 
 
 def rewrite(file: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:

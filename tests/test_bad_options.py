@@ -43,8 +43,6 @@ def trained(checkpoint: MakeCheckpoint, adapter: MakeAdapter, tmp_path: Path) ->
     return copied(adapter(checkpoint("llama")), tmp_path / "trained")
 
 
-# ----------------------------------------------------------------------------------- pass options
-
 TYPO = ("'q_porj'", "did you mean q_proj")
 OPTIONS: list[tuple[dict[str, Any], Kind, tuple[str, ...]]] = [
     ({"targets": "q_porj"}, SelectionError, TYPO),
@@ -100,8 +98,6 @@ def test_options_are_refused_all_at_once(base: Path, tmp_path: Path) -> None:
     assert len(errors) == 3 + 2, "a v_proj in each of the two layers"
 
 
-# ---------------------------------------------------------------------------------------- recipes
-
 HEAD = "peftc: 1\npasses:\n"
 RECIPES: dict[str, tuple[str | bytes, Kind, tuple[str, ...]]] = {
     "empty": ("", RecipeError, ("peftc", "passes")),
@@ -151,8 +147,6 @@ def test_recipe_is_refused_with_all_that_is_wrong_at_once(tmp_path: Path) -> Non
 def test_recipe_is_refused_when_it_cannot_be_read(name: str, tmp_path: Path) -> None:
     refuse(tmp_path, RecipeError, lambda out: Recipe.load(tmp_path / name), str(tmp_path))
 
-
-# ---------------------------------------------------------------------------------------- targets
 
 Write = Callable[..., object]
 # What writes a target: a copy, a merged checkpoint, a fresh adapter, a rewritten base, PEFT's form.
@@ -258,9 +252,6 @@ def test_staging_is_refused_when_it_is_a_link(base: Path, trained: Path, tmp_pat
     staging = tmp_path / ".out.peftc-staging"
     staging.symlink_to(trained)
     refuse(tmp_path, ArtifactError, lambda out: export(base, out), str(staging))
-
-
-# ----------------------------------------------------------------- tied weights and changed bases
 
 
 @pytest.fixture(scope="module")

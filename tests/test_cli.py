@@ -64,9 +64,6 @@ def artifacts(
     return {path.name: path for path in root.iterdir()}
 
 
-# ------------------------------------------------------------------------------- help, and quickly
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -138,8 +135,6 @@ def test_completion_completes(words: str, found: str) -> None:
     assert ran.out == f"plain,{found}\n"
 
 
-# ------------------------------------------------------------------------------------------ apply
-
 ORDERS = [
     "{base} -o {out} --json lora --rank 3",
     "-o {out} --json {base} lora --rank 3",
@@ -206,9 +201,6 @@ def test_export_merges_what_is_given(run: Run, base: Path, trained: Path, tmp_pa
     assert ran.code == 0, ran.err
     assert ran.data["proof"]["site"]["sites"] == 14 and "whole" not in ran.data["proof"]
     assert distance(logits(auto(tmp_path / "out")), logits(auto(base))) < 1e-5
-
-
-# ------------------------------------------------------------------------------- output and errors
 
 
 def test_json_is_all_of_stdout(
@@ -337,9 +329,6 @@ def test_exit_code_tells_a_bug_from_an_interruption(
     else:
         assert (ran.code, ran.out) == (70, "")
         assert "RuntimeError: boom" in ran.err and "a bug of peftc" in ran.err
-
-
-# ----------------------------------------------------------------------------------------- verify
 
 
 def published(path: Path) -> list[Path]:

@@ -84,9 +84,6 @@ def untouched(base: Path, *words: str) -> int:
     return sum(ref.nbytes for name, ref in tensors if not any(word in name for word in words))
 
 
-# ------------------------------------------------------------------------------ what it takes over
-
-
 def test_bytes_are_those_of_a_merge_without(
     base: Path, trained: Path, tmp_path: Path, linked: list[int]
 ) -> None:
@@ -160,9 +157,6 @@ def test_source_may_be_an_adapter_or_what_apply_wrote(
     assert not linked
 
 
-# ----------------------------------------------------------------------------------- wrong guesses
-
-
 @pytest.mark.parametrize("guessed", [["k_proj"], ["gate_proj", "down_proj"], ["embed_tokens"]])
 def test_guess_of_other_modules_does_not_show(
     base: Path, trained: Path, adapter: MakeAdapter, tmp_path: Path, guessed: list[str]
@@ -203,9 +197,6 @@ def test_source_that_changed_after_it_was_copied_is_noticed(
             save_file(tensors, file, {"format": "pt", **({"more": "words" * 99} if longer else {})})
         merge(mine, trained, tmp_path / "out", head)
     assert weights(tmp_path / "out") == merged(mine, trained, tmp_path / "plain")
-
-
-# ----------------------------------------------------------------------------- where nothing begins
 
 
 def _exists(target: Path, base: Path) -> None:
@@ -279,9 +270,6 @@ def test_nothing_begins_on_a_full_disk(
             assert (head._claim is None) == (free < size)
             assert bool(tree(tmp_path)) == (free == size)
     assert not tree(tmp_path)
-
-
-# ---------------------------------------------------------------------------------- nothing is left
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -372,9 +360,6 @@ def test_rerun_after_kills_is_right_and_leaves_nothing(
     ran = alone("-c", KILLER, base, trained, tmp_path / "out")
     assert ran.code == 0, ran.err[-3000:]
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
-
-
-# -------------------------------------------------------------------------------- the command line
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,6 @@ FORMS: dict[str, dict[str, Any]] = {
 ops: Any = torch.ops.peftc
 
 
-# ------------------------------------------------------------------------------------ the operators
-
-
 def state(
     out: int, columns: int, block: int = 64, book: Any = "nf4", scales: str = "fp32"
 ) -> tuple[tuple[Any, ...], Tensor]:
@@ -216,9 +213,6 @@ def test_operators_export_and_load_again(tmp_path: Path) -> None:
     called = {str(node.target) for node in loaded.graph.nodes}
     assert {"peftc.nf4_lora.default", "peftc.nf4_linear.default"} <= called
     assert torch.equal(loaded.module()(x), layer(x))
-
-
-# ---------------------------------------------------------------------------------------- the model
 
 
 def apply(base: Any, *passes: Any) -> Program:
@@ -431,9 +425,6 @@ def test_model_holds_its_weights_in_four_bits_and_a_half(
     assert not [name for name, _ in live.named_parameters() if "proj" in name]
 
 
-# -------------------------------------------------------------------------------------------- QLoRA
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama of whole blocks: bitsandbytes' AVX512 code decodes others wrongly."""
@@ -503,9 +494,6 @@ def test_trained_adapter_gives_the_same_logits_in_peft_over_bitsandbytes(
     theirs = peft.PeftModel.from_pretrained(auto(base), tmp_path / "adapter").eval()
     assert distance(logits(theirs), logits(live.eval())) <= 1e-4
     assert distance(logits(live), logits(auto(base))) > 1e-2
-
-
-# -------------------------------------------------------------------------------------------- fuse
 
 
 def lora(**options: Any) -> Lora:

@@ -305,9 +305,6 @@ def test_merge_touches_no_layer_whose_name_ends_alike(tmp_path: Path) -> None:
     assert merged.constants["inner.fc.weight"] is program.constants["inner.fc.weight"]
 
 
-# ----------------------------------------------------------------------------------- the originals
-
-
 def test_originals_are_found_through_a_chain_and_not_when_changed(
     base: Path, tmp_path: Path
 ) -> None:
@@ -369,9 +366,6 @@ def test_options_of_4_bits_are_refused_when_the_base_is_plain_or_nothing_is_merg
     refuse(tmp_path, ArtifactError, lambda out: peftc.export(quantize(0.1), out, **given))
 
 
-# ------------------------------------------------------------------------------ bitsandbytes' own
-
-
 def test_bitsandbytes_checkpoint_and_peft_adapter_merge(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     import peft
@@ -396,9 +390,6 @@ def test_bitsandbytes_checkpoint_and_peft_adapter_merge(base: Path, tmp_path: Pa
     assert artifact.manifest["merge"]["original"] is None
     assert distance(logits(auto(artifact.path)), logits(wrapped.eval())) <= 1e-4
     assert distance(logits(auto(tmp_path / "bnb")), logits(wrapped)) > 1e-2
-
-
-# --------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture

@@ -106,6 +106,15 @@ def test_text_is_refused_when_it_leaves_no_positions(name: str, model: MakeModel
             job()
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_decoder_is_never_given_virtual_tokens(name: str, model: MakeModel) -> None:
+    live: Any = materialize(injected(model(name), PromptTuning(virtual_tokens=N)))
+    for more in ({}, {"labels": torch.tensor([0, 1])}):
+        with pytest.raises(PassError, match="pass decoder_input_ids"):
+            live(**batch(), **more)
+    assert live(**batch(), decoder_input_ids=batch()["input_ids"]).logits.shape == (2, 9, 97)
+
+
 def test_lengths_mean_what_the_caller_means(ours: Any) -> None:
     inputs = batch()
     assert generated(ours, inputs, max_new_tokens=3).shape[1] == 9 + 3

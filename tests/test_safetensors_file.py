@@ -67,8 +67,6 @@ def check(found: SafetensorsFile) -> None:
         assert (reference.metadata() or {}) == found.metadata
 
 
-# ------------------------------------------------------------------------------------- any bytes
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
@@ -121,9 +119,6 @@ def test_one_changed_byte_gives_a_valid_result_or_a_checkpoint_error(
         assert error.what and error.fix and error.where == str(file)
 
 
-# -------------------------------------------------------------------------------- files as written
-
-
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
     dtype = draw(st.sampled_from(list(DTYPES.values())))
@@ -169,8 +164,6 @@ def test_file_is_refused_when_bytes_are_cut_off(file: Path, missing: int) -> Non
     file.write_bytes(pack({"a": A, "b": B})[:-missing])
     assert "truncated" in refused(file).what
 
-
-# -------------------------------------------------------------------------------------- mutations
 
 AB = b'{"a": %s, "b": %s}' % (json.dumps(A).encode(), json.dumps(B).encode())
 MUTATIONS: dict[str, tuple[bytes, str]] = {
@@ -258,9 +251,6 @@ def test_header_is_refused_quickly_when_its_shape_has_many_dimensions(file: Path
     began = time.perf_counter()
     refused(file)
     assert time.perf_counter() - began < 0.5
-
-
-# ------------------------------------------------------------------------------ what is not a file
 
 
 @contextmanager

@@ -1,0 +1,217 @@
+"""A program as ONNX: graphs beside the merged weights, proven against eager torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftc.artifact import Artifact, Staging, key_of, staging, versions
+from peftc.checkpoint import contained
+from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.exporters.onnx_fusing import fuse
+from peftc.exporters.onnx_genai import FILE, genai_config
+from peftc.exporters.onnx_lowering import OPSET, Lowering
+from peftc.exporters.onnx_needs import onnx, onnx_ir
+from peftc.exporters.onnx_proof import prove
+from peftc.exporters.onnx_table import TABLE
+from peftc.exporters.onnx_weights import StoredWeights
+from peftc.exporters.to_safetensors import folders, manifest, states, write_model
+from peftc.link import link, plan
+from peftc.program import Program
+from peftc.progress import SILENT, Progress
+from peftc.proof import Extent, affords_whole, site_proof
+from peftc.whole import Whole, capture_whole
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program's graphs, and where their constants lie."""
+
+    wholes: list[Whole]
+    models: dict[str, onnx_ir.Model]
+    weights: StoredWeights
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The .onnx files."""
+        return {
+            name: onnx_ir.to_proto(model).SerializeToString() for name, model in self.models.items()
+        }
+
+
+def to_onnx(
+    program: Program,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    proof: Extent = "auto",
+    workers: int | None = None,
+    progress: Progress = SILENT,
+    remarks: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """Writes a program's checkpoint and, beside it, graphs that onnxruntime runs on its weights.
+
+    The graphs' initializers are ranges of the safetensors files, so that one directory serves
+    transformers and onnxruntime. Graphs compute in fp32; weights of another dtype are cast when a
+    session is made.
+
+    Args:
+        program: What to write; its adapters must be merged.
+        target: A directory that does not exist.
+        overwrite: Replace an artifact that peftc wrote there.
+        proof: `sites` compares each rewritten site; `whole` also what onnxruntime computes with
+            what eager torch does, in fp32, for which the model is loaded twice; `auto` does that up
+            to 1 GiB of fp32 weights.
+        workers: Threads that compute; default: one per core.
+        progress: Told of the stages capture, link, prove and publish, and of every byte written.
+        remarks: What else the manifest is to say.
+
+    Raises:
+        CaptureError: The model cannot be captured, or an operator has no ONNX; it names the module.
+        ArtifactError: The target cannot be written, or the program still carries adapters.
+        ProofError: onnxruntime computes something else.
+        MissingDependency: onnx, onnx-ir or onnxruntime is not installed.
+    """
+    if program.adapters:
+        raise ArtifactError(
+            f"the program still carries the adapter {', '.join(program.adapters)}",
+            where=str(target),
+            fix="merge it (--merge), or write it with --format peft",
+        )
+    if program.packed:
+        raise ArtifactError(
+            "its weights are in 4 bits, which the graphs of --format onnx do not read",
+            where=str(target),
+            fix="write them plain: --then none, or the pass dequantize",
+        )
+    target = Path(target)
+    before = states(program)
+    progress.stage("capture")
+    lowered = lower(program)
+    own = lowered.weights.own_shards()
+    need = sum(shard.size for shard in (*plan(program), *own))
+    key = key_of(program.fingerprint, before, versions(), tool_versions(), proof)
+    with staging(
+        target, key=key, need=need, sources=folders(program), overwrite=overwrite
+    ) as stage:
+        progress.stage("link", need)
+        measured = write_model(program, stage, workers=workers, progress=progress)
+        if own:
+            link(program, stage, shards=own, workers=workers, progress=progress)
+        for name, content in lowered.files.items():
+            stage.add(name, content)
+        if (config := genai_config(program, lowered.wholes)) is not None:
+            stage.add(FILE, config)
+        progress.stage("check")
+        check(stage)
+        progress.stage("prove")
+        proved: dict[str, Any] = {"site": site_proof(program, measured)}
+        if affords_whole(program, proof):
+            progress.stage("compare with torch")
+            proved["onnx"] = prove(stage.path, lowered.wholes)
+        changed = [path for path, state in states(program).items() if before[path] != state]
+        if changed:
+            raise CheckpointError(
+                "changed while it was read", where=changed[0], fix="run again; nothing was written"
+            )
+        progress.stage("publish")
+        report = {
+            "opset": OPSET,
+            "weights": "as stored",
+            "graphs": {name: _described(lowered, name) for name in lowered.models},
+        }
+        more = {"proof": proved, "onnx": report, **(remarks or {})}
+        tools = {**versions(), **tool_versions()}
+        stage.publish(manifest(program, "onnx", **{"versions": tools, **more}))
+    return Artifact.open(target)
+
+
+def lower(program: Program) -> Lowered:
+    """A program's graphs as ONNX; no weight is read.
+
+    Raises:
+        CaptureError: The model cannot be captured, or an operator has no ONNX.
+    """
+    wholes = capture_whole(program, torch.float32)
+    weights = StoredWeights(program)
+    models = {}
+    for whole in wholes:
+        fuse(whole.graph)
+        models[f"{whole.name}.onnx"] = Lowering(whole, weights, TABLE).model()
+    weights.bind()
+    return Lowered(wholes, models, weights)
+
+
+def _described(lowered: Lowered, name: str) -> dict[str, Any]:
+    model = lowered.models[name]
+    whole = next(whole for whole in lowered.wholes if f"{whole.name}.onnx" == name)
+    return {
+        "nodes": len(model.graph),
+        "inputs": [port.name for port in whole.inputs if ".key" not in port.name
+                   and ".value" not in port.name],
+        "layers": {path: {"captured": few, "of": all_} for path, (few, all_)
+                   in whole.captured.items()},
+    }  # fmt: skip
+
+
+def check(stage: Staging) -> None:
+    """Runs onnx's checker, shape inference too, over the graphs that are staged."""
+    for name in stage.files:
+        if name.endswith(".onnx"):
+            try:
+                onnx.checker.check_model(str(stage.path / name), full_check=True)
+            except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+                raise ArtifactError(
+                    f"onnx's checker refuses it: {str(error).splitlines()[0]}",
+                    where=name,
+                    fix="this is a bug of peftc; please report it",
+                ) from error
+
+
+def external_data(path: Path) -> list[PeftcError]:
+    """An error for each tensor of a directory's graphs that is not wholly inside of its files."""
+    errors: list[PeftcError] = []
+    for file in sorted(path.glob("*.onnx")):
+        proto = onnx.load(str(file), load_external_data=False)
+        for tensor in proto.graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            try:
+                data = contained(path, place["location"])
+                end = int(place.get("offset", 0)) + int(place["length"])
+                good = int(place.get("offset", 0)) >= 0 and end <= data.stat().st_size
+            except (PeftcError, OSError, KeyError, ValueError):
+                good = False
+            if not good:
+                errors.append(
+                    ArtifactError(
+                        f"the data of {tensor.name} is not in a file beside it",
+                        where=str(file),
+                        fix="export it again",
+                    )
+                )
+    return errors
+
+
+def verify_onnx(artifact: Artifact, program: Program, extent: Extent) -> dict[str, Any]:
+    """Checks where an artifact's data lies, and repeats its comparison with torch.
+
+    Raises:
+        ArtifactError: A graph's data is not inside of the directory.
+        ProofError: onnxruntime computes something else.
+    """
+    raise_all(external_data(artifact.path)[:5])
+    if not affords_whole(program, extent):
+        return {}
+    return {"onnx": prove(artifact.path, capture_whole(program, torch.float32))}
+
+
+def tool_versions() -> dict[str, str]:
+    """The versions of what makes and runs the graphs."""
+    return {name: version(name) for name in ("onnx", "onnx-ir", "onnxruntime")}

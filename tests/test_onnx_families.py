@@ -1,0 +1,31 @@
+"""ONNX of other architectures; every export compares its graphs with eager torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .onnx_families import FAMILIES, export
+
+# One of each way of computing; `python -m tests.onnx_families` tries all.
+CHOSEN = {
+    "GPT-2": {"transformer.h": (2, 3)}, "OPT": {"model.decoder.layers": (2, 3)},
+    "Gemma 3": {"model.layers": (4, 6)}, "Qwen3-MoE": {"model.layers": (2, 3)},
+    "BERT": {"encoder.layer": (2, 3)}, "T5": {"encoder.block": (3, 4), "decoder.block": (3, 4)},
+    "Whisper": {"model.encoder.layers": (2, 3), "model.decoder.layers": (2, 3)},
+    "ViT": {"vit.layers": (2, 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_architecture_is_exported_equal_and_its_layers_cloned(name: str, tmp_path: Path) -> None:
+    manifest = export(FAMILIES[name], tmp_path).manifest
+    graphs = manifest["onnx"]["graphs"]
+    for graph in graphs:
+        assert manifest["proof"]["onnx"][graph]["relative_error"] <= 1e-5
+    layers = {
+        path: (few["captured"], few["of"])
+        for graph in graphs.values() for path, few in graph["layers"].items()
+    }  # fmt: skip
+    assert layers == CHOSEN[name]
