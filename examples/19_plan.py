@@ -3,7 +3,7 @@
 The same from a shell:
 
     peftc plan BASE --batch 4 --length 512 --memory 24GB
-    peftc plan BASE --batch 4 --length 512 --checkpointing nf4 lora --rank 64
+    peftc plan BASE --batch 4 --data FILE.jsonl nf4 lora --rank 64
 """
 
 from tiny import tiny_checkpoint, workplace

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftc.passes.lora import Lora
 
@@ -72,8 +72,15 @@ def truncated(
     return (up, down), found.error
 
 
-def with_joint(program: Program, name: str, made: Mapping[str, Joint]) -> Program:
-    """The program with one adapter more: a LoRA where all sites have factors, else matrices."""
+def with_joint(program: Program, name: str, made: Mapping[str, Joint], **beside: Any) -> Program:
+    """The program with one adapter more: a LoRA where all sites have factors, else matrices.
+
+    Args:
+        program: What carries it then.
+        name: Its name.
+        made: What it adds to each site.
+        beside: Options of a LoRA that say what it trains beside, such as modules_to_save.
+    """
     from peftc.factors import peft_parameters, with_identity
 
     whole = any(joint.factors is None for joint in made.values())
@@ -88,7 +95,7 @@ def with_joint(program: Program, name: str, made: Mapping[str, Joint]) -> Progra
         given[fqn] = peft_parameters(program.sites[fqn], name, factors)
         if biased:
             given[fqn][f"lora_B.{name}.bias"] = joint.bias or _zeros(program, fqn)
-    result = program.inject(_method(program, name, ranks, whole, biased), list(made), given)
+    result = program.inject(_method(program, name, ranks, whole, biased, beside), list(made), given)
     adapter = result.adapters[name]
     if whole or biased:  # of these tensors, some only stand in the file
         adapter = replace(adapter, frozen=frozenset(adapter.tensors.values()))
@@ -96,11 +103,11 @@ def with_joint(program: Program, name: str, made: Mapping[str, Joint]) -> Progra
 
 
 def in_place_of(
-    program: Program, names: Sequence[str], name: str, made: Mapping[str, Joint]
+    program: Program, names: Sequence[str], name: str, made: Mapping[str, Joint], **beside: Any
 ) -> Program:
     """The program with a new adapter where the first of those that it replaces stood.
 
-    One that adds nothing at any site is left out.
+    One that adds nothing at any site is left out. For `beside` see `with_joint`.
     """
     from peftc.deltas import again, alone
 
@@ -109,7 +116,7 @@ def in_place_of(
     before = [other for other in order[:first] if other not in names]
     after = [other for other in order[first:] if other not in names]
     result = alone(program, before)
-    result = again(with_joint(result, name, made) if made else result, program, after)
+    result = again(with_joint(result, name, made, **beside) if made else result, program, after)
     kept = {n: program.adapters[n] for n in (*before, *after)}
     return replace(result, adapters={**result.adapters, **kept})
 
@@ -124,7 +131,12 @@ def _zeros(program: Program, fqn: str) -> Constant:
 
 
 def _method(
-    program: Program, name: str, ranks: Mapping[str, int], whole: bool, biased: bool
+    program: Program,
+    name: str,
+    ranks: Mapping[str, int],
+    whole: bool,
+    biased: bool,
+    beside: Mapping[str, Any],
 ) -> Lora:
     """A LoRA with the scale 1 that has these ranks."""
     most = max(ranks.values(), default=1)
@@ -133,6 +145,6 @@ def _method(
     options = {
         "adapter": name, "rank": most, "alpha": most, "rank_pattern": own, "alpha_pattern": own,
         "targets": [fqn for fqn in ranks if fqn not in experts], "parameters": experts or None,
-        "lora_bias": biased,
+        "lora_bias": biased, **beside,
     }  # fmt: skip
     return _JointLora(**options, whole=whole) if whole or biased else Lora(**options)

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from peftc.constants import Constant
     from peftc.factors import Delta
-    from peftc.program import Program
+    from peftc.program import Adapter, Program
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class PruneRanks(Pass):
             for name in (names or ["default"])
             if name not in there
         ]
-        errors = errors or untold(program, names) + unstackable(program)
+        lost = [name for name in names if name in there and _beside(there[name]) is None]
+        errors = errors or untold(program, lost) + unstackable(program)
         if errors:
             return errors
         for name in names:
@@ -95,8 +96,14 @@ class PruneRanks(Pass):
                 for fqn, delta in found.items()
                 if delta.factors is None or delta.bias is not None
             ]
-        if not errors and not any(one.left for one in self.outlook(program)):
-            errors.append(PassError("the adapters add nothing", fix="train them first"))
+        if not errors:
+            left = {one.adapter for one in self.outlook(program) if one.left}
+            empty = [name for name in names if name not in left]
+            # An adapter without ranks is gone, and with it what it trains beside them.
+            if not left or untold(program, empty):
+                errors.append(
+                    PassError(f"the adapter {empty[0]!r} adds nothing", fix="train it first")
+                )
         return errors
 
     def run(self, program: Program) -> PassResult:
@@ -108,7 +115,8 @@ class PruneRanks(Pass):
             if whole and isinstance(program.adapters[name].method, Lora):
                 continue
             made = {fqn: core.joint() for fqn, core in mine.items() if core.left}
-            after = in_place_of(after, [name], name, made)
+            beside = _beside(program.adapters[name]) or {}
+            after = in_place_of(after, [name], name, made, **beside)
         told = [core.told() for core in cores]
         several = len(self.names(program)) > 1
         errors = {f"{one.site} ({one.adapter})" if several else one.site: one.error for one in told}
@@ -210,6 +218,14 @@ class _Core:
             Held(down.contiguous(), f"A of {origin}"),
         )
         return Joint(self.matrix, factors, None, self.told().error, None)
+
+
+def _beside(adapter: Adapter) -> dict[str, Any] | None:
+    """The options by which a LoRA trains what an adapter trains beside its ranks, if it can."""
+    method = adapter.method
+    if getattr(method, "bias", None) not in ("none", "all"):
+        return None
+    return {name: getattr(method, name) for name in ("bias", "modules_to_save")}
 
 
 def _any(factor: torch.Tensor) -> torch.Tensor:

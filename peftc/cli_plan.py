@@ -10,17 +10,24 @@ import click
 from peftc.cli_options import Bytes, PassGroup, common
 from peftc.terminal import Terminal
 
+PRECISIONS = click.Choice(["bf16", "fp16"])
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 
 
 @click.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="[PASS...]")
 @click.argument("src")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Examples.")
-@click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens.")
+@click.option("--length", type=click.IntRange(1), help="Tokens of each.  [default: 512]")
+@click.option("--data", help="Take the length of the longest example, of a file as for tune.")
 @click.option("--dtype", type=DTYPES, help="Of the base's weights; default: the checkpoint's own.")
-@click.option("--mixed", type=DTYPES, help="What autocast computes in.")
-@click.option("--checkpointing", is_flag=True, help="Compute activations again for gradients.")
-@click.option("--optimizer", default="adamw", show_default=True, help="adamw, adamw_8bit, sgd …")
+@click.option("--precision", type=PRECISIONS, help="Mixed precision: what autocast computes in.")
+@click.option(
+    "--gradient-checkpointing",
+    "checkpointing",
+    is_flag=True,
+    help="Keep no activations within layers.",
+)
+@click.option("--optimizer", default="adamw", show_default=True, help="As for tune.")
 @click.option("--memory", type=Bytes(), help="What there is, such as 24GB: say what fits, and why.")
 @click.option("--probe", is_flag=True, help="Take a few steps for their time; needs the memory.")
 @common
@@ -39,20 +46,25 @@ def plan(**_: Any) -> None:
 def _plan(
     steps: list[tuple[str, Mapping[str, Any]]],
     src: str,
+    length: int | None,
+    data: str | None,
     memory: int | None,
     probe: bool,
     as_json: bool,
     quiet: bool,
     **how: Any,
 ) -> None:
+    if length and data:
+        raise click.UsageError("Give --length or --data, not both.")
     terminal = Terminal(as_json, quiet)
     from peftc import planning
     from peftc.api import load
     from peftc.footprint import Step
 
-    step = Step(**how)
     with terminal.progress() as progress:
         program = load(src, progress)
+        tokens = planning.longest(program, data) if data else length or 512
+        step = Step(length=tokens, **how)
         name = " + ".join(title for title, _ in steps) or ", ".join(program.adapters)
         methods = {name: steps} if name else planning.METHODS
         found = planning.plan(program, step, methods, memory, probe, progress)

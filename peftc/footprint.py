@@ -27,8 +27,12 @@ from peftc.roles import example_inputs, takes
 from peftc.schedules import schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Numbers that an optimizer keeps for each one that it trains.
-STATES = {"adamw": 2, "adamw_8bit": 2, "lion": 1, "adafactor": 0, "sgd": 0, "sgd_momentum": 1}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Numbers that an optimizer of `peftc tune` keeps for each one that it trains.
+STATES = {
+    "adamw": 2, "adamw_fused": 2, "adafactor": 0, "sgd": 0, "rmsprop": 1, "adagrad": 1,
+    "adamw_8bit": 2, "paged_adamw": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1,
+}  # fmt: skip
 _SMALL, _BLOCK = 4096, 256  # bitsandbytes: tensors that stay in fp32, and numbers for each absmax
 _ANY_LENGTH = 10**9  # of a training, on which what a schedule keeps does not depend
 _TEXT_LOSS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration", "TokenClassification")
@@ -42,7 +46,7 @@ class Step:
         batch: Examples in it.
         length: Tokens of each.
         dtype: Of the base's weights, by its name; None for the checkpoint's own.
-        mixed: The dtype that autocast computes in, by its name, if any.
+        precision: What autocast computes in, one of `PRECISIONS`, if anything.
         checkpointing: Whether activations are computed again in the backward pass.
         optimizer: One of `STATES`.
     """
@@ -50,7 +54,7 @@ class Step:
     batch: int = 1
     length: int = 512
     dtype: str | None = None
-    mixed: str | None = None
+    precision: str | None = None
     checkpointing: bool = False
     optimizer: str = "adamw"
 
@@ -125,7 +129,8 @@ def _measured(program: Program, model: nn.Module, step: Step) -> Footprint:
     meter = Meter()
     for tensor in (*tensors, *inputs.values()):
         meter.watch(tensor)
-    mixed = torch.autocast("cpu", DTYPES[step.mixed]) if step.mixed else nullcontext()
+    kind = PRECISIONS[step.precision] if step.precision else None
+    mixed = torch.autocast("cpu", kind) if kind else nullcontext()
     with meter:
         extra = schedule(program, model, _ANY_LENGTH)
         kept = meter.live
@@ -160,10 +165,11 @@ def optimizer_bytes(name: str, trained: Iterable[nn.Parameter]) -> int:
         if name == "adafactor":  # a row and a column of a matrix, else all (arXiv:1804.04235)
             *stack, rows, columns = p.shape if p.ndim > 1 else (1, p.numel(), 0)
             total += 4 * torch.Size(stack).numel() * (rows + columns)
-        elif name == "adamw_8bit" and p.numel() >= _SMALL:
-            total += 2 * (p.numel() + 4 * -(-p.numel() // _BLOCK))
+        elif name.endswith("_8bit") and p.numel() >= _SMALL:
+            total += STATES[name] * (p.numel() + 4 * -(-p.numel() // _BLOCK))
         else:
-            total += STATES[name] * (4 if name == "adamw_8bit" else p.element_size()) * p.numel()
+            wide = name.endswith("_8bit")
+            total += STATES[name] * (4 if wide else p.element_size()) * p.numel()
     return total
 
 

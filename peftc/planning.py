@@ -12,12 +12,16 @@ import torch
 
 from peftc.contract import Pass
 from peftc.errors import CaptureError, PeftcError, Violations, located, raise_all
-from peftc.footprint import Footprint, Step, batch_of, checkpoint, footprint, loss_of
+from peftc.examples import read_examples
+from peftc.footprint import PRECISIONS, Footprint, Step, batch_of, checkpoint, footprint, loss_of
 from peftc.live import materialize
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.recipe import build
+from peftc.sources import limit_of, tokenizer_of
 from peftc.terminal import Terminal
+from peftc.token_rows import token_rows
+from peftc.tuning import Data
 
 Passes = Sequence[tuple[str, Mapping[str, Any]]]
 _PARTS = ("weights", "gradients", "optimizer", "activations")
@@ -108,6 +112,19 @@ def plan(
     return found
 
 
+def longest(program: Program, data: str) -> int:
+    """The tokens of a data file's longest example, as `peftc tune` reads it.
+
+    Raises:
+        MissingDependency: The library `datasets` is not installed.
+        DataError: What is wrong with the file.
+    """
+    tokenizer, how = tokenizer_of(program), Data(data=data)
+    examples = read_examples(how, data, tokenizer)
+    rows = token_rows(examples, how, tokenizer, limit_of(program, tokenizer))
+    return max(high - low for low, high in map(rows.span, range(len(rows.ends))))
+
+
 def _with(program: Program, passes: Sequence[Pass], where: str) -> Program:
     """The program after these passes, whose effect on numbers is not looked at: none is read."""
     for pass_ in passes:
@@ -191,8 +208,8 @@ def _probe(program: Program, step: Step) -> tuple[float, int | None]:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(1 + _PROBED):
         start = time.perf_counter()
-        mixed = getattr(torch, step.mixed or "float32")
-        with torch.autocast(device, mixed, enabled=step.mixed is not None):
+        kind = PRECISIONS.get(step.precision or "")
+        with torch.autocast(device, kind, enabled=kind is not None):
             loss = loss_of(model, inputs)
         torch.autograd.backward(loss)
         optimizer.step()

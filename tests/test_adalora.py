@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -312,6 +313,20 @@ def test_regularizer_counts_once_whatever_the_accumulation(
     two.train()
     for name, tensor in trained(one).items():
         assert distance(trained(two)[name], tensor) < 1e-4, name
+
+
+def test_regularizer_is_scaled_as_fp16_scales_the_loss(checkpoint: MakeCheckpoint) -> None:
+    program = make(checkpoint("llama"))
+    model = materialize(program)
+    callback, state = peftc.callback(program), SimpleNamespace(max_steps=STEPS, global_step=0)
+    callback.on_train_begin(None, state, None, model=model)
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=8.0)):
+        optimizer = SimpleNamespace(scaler=scaler)
+        callback.on_step_begin(None, state, None, model=model, optimizer=optimizer)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert len(found[0]) == 28 and all(map(torch.equal, found[1], [8 * g for g in found[0]]))
 
 
 def test_callback_does_nothing_for_other_methods(

@@ -24,7 +24,7 @@ from peftc.passes.dora import Dora
 from peftc.passes.nf4 import Nf4
 from peftc.passes.prefix_tuning import PrefixTuning
 from peftc.passes.prompt_tuning import PromptTuning
-from peftc.planning import METHODS, plan, size
+from peftc.planning import METHODS, longest, plan, size
 from tests import zoo
 from tests.conftest import MakeCheckpoint
 
@@ -64,7 +64,7 @@ def measured(program: Program, step: Step) -> int:
     adds = peftc.schedule(program, model, 20_000)
 
     def take(number: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=step.mixed is not None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.precision is not None):
             loss = loss_of(model, inputs)
         added = adds.loss(model)
         torch.autograd.backward(loss if added is None else loss + added)
@@ -93,7 +93,7 @@ CONFIGURATIONS: dict[str, tuple[list[Pass], Step]] = {
     "lora": ([Lora(rank=8, **ALL)], Step(4, 128)),
     "lora-checkpointing": ([Lora(rank=8, **ALL)], Step(4, 128, checkpointing=True)),
     "lora-bf16-base": ([Lora(rank=64, targets="role:query,value")], Step(1, 32, "bfloat16")),
-    "full-autocast": ([], Step(1, 32, mixed="bfloat16")),
+    "full-autocast": ([], Step(1, 32, precision="bf16")),
     "qlora": ([Nf4(double_quant=True), Lora(rank=8, **ALL)], Step(4, 128)),
     "adalora": ([AdaLora(total_step=20_000, **ALL)], Step(4, 128)),
     "dora": ([Dora(rank=4, **ALL)], Step(2, 64)),
@@ -143,7 +143,7 @@ def test_optimizers_differ_by_what_they_keep(llama: Program) -> None:
         return footprint(llama, Step(1, 8, optimizer=name)).optimizer
 
     count = footprint(llama, Step(1, 8)).trainable
-    assert states("adamw") == 8 * count and states("lion") == 4 * count and states("sgd") == 0
+    assert states("adamw") == 8 * count and states("rmsprop") == 4 * count and states("sgd") == 0
     assert 2 * count < states("adamw_8bit") < 2.2 * count
     assert 0 < states("adafactor") < 0.1 * count
     with pytest.raises(PeftcError, match="no optimizer 'adam'"):
@@ -164,6 +164,15 @@ def test_probe_that_runs_out_of_memory_is_a_verdict(
     monkeypatch.setattr("peftc.planning._probe", fail)
     (one,) = plan(llama, Step(1, 8), {"lora": [("lora", {"rank": 2})]}, probe=True)
     assert one.fits is False and "no memory is left" in one.reason
+
+
+def test_longest_example_of_a_file_gives_the_length(tmp_path: Path) -> None:
+    base, file = demo_checkpoint("float32"), tmp_path / "data.jsonl"
+    texts = ["short", "one two three four five six seven eight"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    found = longest(capture(base), str(file))
+    assert 0 <= found - len(tokenizer(texts[1]).input_ids) <= 2  # what begins and ends a text
 
 
 def test_verdicts_say_what_fits_and_why(llama: Program) -> None:
@@ -229,5 +238,6 @@ def test_plan_command_reads_passes_sizes_and_what_was_applied(
     assert method["footprint"]["trainable"] > 0
     shown = CliRunner().invoke(cli, ["plan", str(base), "-q", "--length", "16", "nf4", "lora"])
     assert shown.exit_code == 0 and "nf4 + lora" in shown.stdout
+    assert ran(base, "--data", "some.jsonl").exit_code == 2
     wrong = ran(base, "--memory", "lots")
     assert wrong.exit_code == 2 and "is no size" in wrong.stderr

@@ -22,6 +22,7 @@ from peftc.deltas import deltas
 from peftc.errors import PassError, PeftcError
 from peftc.evaluate import value
 from peftc.passes.adalora import AdaLora
+from peftc.passes.bitfit import BitFit
 from peftc.passes.ia3 import Ia3
 from peftc.passes.prune_ranks import PruneRanks, total_error
 
@@ -154,6 +155,23 @@ def test_low_rank_method_in_disguise_becomes_a_lora() -> None:
     assert count(after) < count(program)
 
 
+def test_head_and_biases_that_were_trained_too_stay_with_the_adapter(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    base = checkpoint("bert")
+    method = AdaLora(init_r=4, modules_to_save="cls", bias="all")
+    program = trained(Pipeline([method]).run(capture(base)))
+    before = program.adapters["default"]
+    own = {key for key, fqn in before.tensors.items() if fqn in program.captured}
+    after = pruned(program, budget=30)
+    assert own == {k for k, f in after.adapters["default"].tensors.items() if f in after.captured}
+    assert len(own) > 10
+    peftc.to_peft(after, tmp_path / "out")
+    want = logits(materialize(after))
+    assert distance(logits(with_peft(base, tmp_path / "out")), want) < 1e-5
+    assert distance(logits(materialize(pruned(program))), logits(materialize(program))) < 1e-5
+
+
 def test_lora_without_a_rank_to_lose_stays_as_it_is() -> None:
     program = carrying(lora("a", 2))
     result = PruneRanks().run(program)
@@ -168,7 +186,8 @@ def test_lora_without_a_rank_to_lose_stays_as_it_is() -> None:
         ([Crooked(targets=["wide"])], {}, "not affine"),
         ([Gated(targets=["wide"])], {"budget": 3}, "no product of two small matrices"),
         ([Lora(rank=2, targets=["wide"], lora_bias=True)], {}, "changes the bias too"),
-        ([Lora(rank=2, targets=["wide"], bias="all")], {}, "base's own tensors"),
+        ([Lora(rank=2, targets=["wide"], bias="lora_only")], {}, "base's own tensors"),
+        ([BitFit()], {}, "base's own tensors"),
         ([Ia3(targets=["wide"])], {"budget": 2}, "bias|no product"),
     ],
 )
@@ -181,7 +200,7 @@ def test_what_has_no_ranks_is_refused(
 
 def test_fresh_adapter_is_refused(checkpoint: MakeCheckpoint) -> None:
     program = Pipeline([AdaLora(init_r=4)]).run(capture(checkpoint("llama")))
-    with pytest.raises(PassError, match="add nothing"):
+    with pytest.raises(PassError, match="'default' adds nothing"):
         pruned(program)
 
 
