@@ -164,14 +164,13 @@ def verify(
         return report
     progress.stage("rebuild")
     program = rebuild(artifact)
-    progress.stage("compare layers")
-    written = Checkpoint.open(artifact.path)
-    report["site"] = site_proof(program, watch_file(program, written))
     if artifact.manifest["kind"] == "onnx":
         from peftc.exporters.to_onnx import verify_onnx
 
-        progress.stage("compare with torch")
-        return report | verify_onnx(artifact, program, extent)
+        return report | verify_onnx(artifact, program, extent, progress)
+    progress.stage("compare layers")
+    written = Checkpoint.open(artifact.path)
+    report["site"] = site_proof(program, watch_file(program, written))
     if wants_whole(program, extent):
         progress.stage("compare logits")
         report["whole"] = whole_proof(program, artifact.path)
@@ -219,6 +218,7 @@ def export(
     format: Literal["safetensors", "onnx", "peft", "adapterhub", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
+    weights: Literal["stored", "fp32", "int8", "int4"] = "stored",
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
@@ -241,6 +241,7 @@ def export(
             or `cache`, a prompt as constant keys and values.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
+        weights: With `onnx`; see `to_onnx`.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
@@ -279,6 +280,7 @@ def export(
         return to_onnx(
             program,
             target,
+            weights=weights,
             overwrite=overwrite,
             proof=proof,
             workers=workers,

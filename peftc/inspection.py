@@ -27,7 +27,11 @@ def inspect(source: str, terminal: Terminal) -> None:
         found["artifact"] = _artifact(path)
     if (path / "adapter_config.json").is_file():
         found["adapter"] = _adapter(path)
-    elif found.get("artifact", {}).get("kind") not in ("apply", "adapter", "cache"):
+    elif (
+        "artifact" not in found
+        or found["artifact"]["kind"] == "model"
+        or any(path.glob("model*.safetensors"))
+    ):
         found["checkpoint"] = _checkpoint(path)
     if terminal.as_json:
         terminal.data(found)
