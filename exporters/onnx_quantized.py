@@ -165,7 +165,8 @@ def blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
 def _rows(constant: Constant, count: int) -> torch.Tensor:
     if isinstance(constant, Derived):
         return Evaluation(constant.graph, constant.inputs).rows(0, count)
-    return value(constant)[:count].float()
+    whole = read(constant, 0, count) if isinstance(constant, Leaf) else value(constant)[:count]
+    return whole.float()
 
 
 def weights_of(program: Program, kind: Weights) -> StoredWeights:

@@ -207,6 +207,8 @@ class Evaluation:
             constant = self.constants[str(node.target)]
             if isinstance(constant, Derived):
                 return self._inner(str(node.target), constant).spans()
+        if node.target in _BY_ROWS:  # of a result that may be far smaller
+            return self._spans(node.all_input_nodes[0])
         unit = flat.unit(str(node.target), node.args, operands[0]) if operands else None
         if unit is None:
             return chunks(shape)

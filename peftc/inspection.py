@@ -109,7 +109,14 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 def _artifact(path: Path) -> dict[str, Any]:
     manifest = Artifact.open(path).manifest
-    site, whole = (manifest.get("proof", {}).get(part, {}) for part in ("site", "whole"))
+    proof = manifest.get("proof", {})
+    graphs = proof.get("onnx", {})
+    parts = {"sites": proof.get("site", {}), "logits": proof.get("whole", {})}
+    parts |= {
+        name: {**seen, "bound": graphs["bound"]}
+        for name, seen in graphs.items()
+        if isinstance(seen, dict)
+    }
     return {
         "kind": manifest["kind"],
         "source": manifest["source"].get("path", manifest["source"].get("module")),
@@ -117,10 +124,10 @@ def _artifact(path: Path) -> dict[str, Any]:
         "adapters": ", ".join(manifest.get("adapters", {})) or "none",
         "proof": ", ".join(
             f"{name} {part['relative_error']:.1e} of {part['bound']:.0e}"
-            for name, part in (("sites", site), ("logits", whole))
+            for name, part in parts.items()
             if part.get("bound")
         )
-        or "nothing was rewritten",
+        or ("an approximation" if graphs else "nothing was rewritten"),
     }
 
 
