@@ -143,14 +143,15 @@ def _proof(
     quantized = isinstance(own, OwnWeights) and own.form is not None
     if isinstance(own, OwnWeights) and quantized:
         proved["weights"] = own.check(path)
-    if affords_whole(program, extent):
-        progress.stage("compare with torch")
-        if isinstance(own, OwnWeights):
-            model = materialize(unfold(program), dtype=torch.float32)
-        else:
-            model = loaded(Checkpoint.open(path))
-        proved["onnx"] = prove(path, lowered.wholes, model, None if quantized else BOUND)
-    return proved
+    if not affords_whole(program, extent):
+        return {**proved, "onnx": {"skipped": "two whole models in fp32; --proof whole does it"}}
+    progress.stage("compare with torch")
+    if isinstance(own, OwnWeights):
+        model = materialize(unfold(program), dtype=torch.float32)
+    else:
+        model = loaded(Checkpoint.open(path))
+    bound = None if quantized else BOUND
+    return {**proved, "onnx": prove(path, lowered.wholes, model, bound)}
 
 
 def lower(program: Program, kind: Weights = "stored") -> Lowered:

@@ -334,6 +334,8 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
         )
     figures = proof.get("onnx") or {}
+    if "skipped" in figures:
+        terminal.say(f"[dim]…[/] graphs not compared with torch: {figures['skipped']}")
     for name, seen in figures.items():
         if not name.endswith(".onnx"):
             continue

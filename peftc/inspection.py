@@ -127,7 +127,7 @@ def _artifact(path: Path) -> dict[str, Any]:
             for name, part in parts.items()
             if part.get("bound")
         )
-        or ("an approximation" if graphs else "nothing was rewritten"),
+        or ("an approximation" if "bound" in graphs else "nothing was rewritten"),
     }
 
 

@@ -142,6 +142,7 @@ def test_genai_config_is_left_out_where_nothing_ends_a_text(
     """The tiny GPT-2's config names an end that is not in its vocabulary."""
     artifact = peftc.export(checkpoint("gpt2"), tmp_path / "out", format="onnx", proof="sites")
     assert "genai_config.json" not in artifact.manifest["files"]
+    assert "skipped" in artifact.manifest["proof"]["onnx"]
 
 
 def test_directory_serves_transformers_too_and_holds_each_weight_once(merged: Path) -> None:
@@ -230,8 +231,8 @@ def test_wrong_graph_is_not_published(
 ) -> None:
     real = lower
 
-    def wrong(program: Any) -> Any:
-        lowered = real(program)
+    def wrong(program: Any, kind: Any) -> Any:
+        lowered = real(program, kind)
         graph = lowered.models["model.onnx"].graph
         node = next(node for node in graph if node.op_type == "RMSNormalization")
         node.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 0.3)
