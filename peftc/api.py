@@ -252,6 +252,12 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
+    if weights != "stored" and format != "onnx":
+        raise ArtifactError(
+            f"weights={weights!r} is that of ONNX graphs, and the format is {format}",
+            where=str(target),
+            fix='add format="onnx"',
+        )
     if format == "onnx":  # before any work: its libraries may be missing
         from peftc.exporters.to_onnx import to_onnx
     program, report = load(source, progress), None
