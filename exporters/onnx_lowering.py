@@ -41,9 +41,17 @@ class Weights(Protocol):
         """A fresh initializer of a stored constant, in the dtype that it is stored in."""
 
     def linear(
-        self, lowering: Lowering, x: ir.Value, name: str, bias: ir.Value | None
+        self,
+        lowering: Lowering,
+        x: ir.Value,
+        name: str,
+        bias: ir.Value | None,
+        turned: bool = False,
     ) -> ir.Value | None:
-        """x·Wᵀ + b by an operator of the weight's own, or None where it has none."""
+        """x·Wᵀ + b by an operator of the weight's own, or None where it has none.
+
+        A turned weight is kept as (in, out).
+        """
 
 
 class Lowering:

@@ -183,6 +183,10 @@ def _linear(to: Lowering, node: Any) -> ir.Value:
 
 def _addmm(to: Lowering, node: Any) -> ir.Value:
     bias, a, b = node.args[:3]
+    if b.op == "get_attr":
+        found = to.weights.linear(to, to.of(a), str(b.target), to.of(bias), turned=True)
+        if found is not None:
+            return found
     return to.op("Gemm", to.of(a), to.of(b), to.of(bias))
 
 

@@ -8,16 +8,20 @@ offset = 8 + length of the header + data_offsets[0]. Nothing is written twice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
+import torch
 
-from peftc.constants import Constant
-from peftc.exporters.onnx_lowering import ONNX_TYPES, Lowering
-from peftc.graphs import Spec
-from peftc.link import Shard, plan, shard_of
+from peftc.constants import Constant, Packed, derive
+from peftc.exporters.onnx_lowering import ONNX_TYPES, RUNTIME, Lowering
+from peftc.four_bit import FourBit
+from peftc.graphs import Builder, Spec, operator
+from peftc.link import Entry, Shard, plan, shard_of
 from peftc.program import Program
 
 OWN_FILE = "onnx.safetensors"  # of tensors that the checkpoint has in another form
+QUANT_TYPES = {"fp4": 0, "nf4": 1}  # as MatMulBnb4 numbers the codebooks
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Place:
 class StoredWeights:
     """The constants of a program as its files have them.
 
+    A weight in NF4 or FP4 is multiplied by `MatMulBnb4`, from bitsandbytes' bytes.
+
     Args:
         program: What is written.
     """
@@ -42,11 +48,14 @@ class StoredWeights:
         self.places: dict[str, Place] = {}
         for shard in plan(program):
             for entry in shard.entries:
-                fqn = program.stored.get(entry.key)
-                if fqn is not None and entry.key not in program.parts:
-                    self.places[fqn] = _place(shard, entry.key)
+                if entry.key not in program.parts:
+                    self.places[self._live(entry.key)] = _place(shard, entry)
         self.own: dict[str, Constant] = {}  # what no file of the checkpoint has as it is needed
         self._values: list[ir.Value] = []
+
+    def _live(self, key: str) -> str:
+        """The name in the model of a stored tensor, or of a part of a quantized one."""
+        return self.program.stored.get(key, key)
 
     def name(self, name: str) -> str:
         owner = self.program.aliases.get(name, name)
@@ -54,17 +63,52 @@ class StoredWeights:
 
     def value(self, name: str) -> ir.Value:
         constant = self.program.constants[name]
-        spec = constant.spec
-        if name not in self.places:
-            self.own[name] = constant
-        shape, kind = ir.Shape(spec.shape), ir.TensorType(ONNX_TYPES[spec.dtype])
-        self._values.append(ir.Value(name=name, shape=shape, type=kind))
-        return self._values[-1]
+        if name not in self.places or isinstance(constant, Packed):
+            return self.kept(name, constant)
+        return self._value(name, self.places[name].spec)
 
     def linear(
-        self, lowering: Lowering, x: ir.Value, name: str, bias: ir.Value | None
+        self,
+        lowering: Lowering,
+        x: ir.Value,
+        name: str,
+        bias: ir.Value | None,
+        turned: bool = False,
     ) -> ir.Value | None:
-        return None
+        packed = self.program.constants[name]
+        if not isinstance(packed, Packed) or name not in self.places:
+            return None
+        form: FourBit = packed.format
+        codes = self._value(name, Spec((self.places[name].nbytes,), torch.uint8))
+        lowering.initializers[name] = codes
+        scales = f"{name}.absmax"
+        if form.nested:
+            scales = f"{name}.absmax (expanded)"
+            absmax = self.kept(scales, expanded(packed))
+        else:
+            absmax = self._value(scales, self.places[scales].spec)
+        lowering.initializers[scales] = absmax
+        outputs, inputs = site_shape(self.program, name)
+        y = lowering.op(
+            "MatMulBnb4", x, codes, absmax, domain=RUNTIME, K=inputs, N=outputs,
+            block_size=form.block_size, quant_type=QUANT_TYPES[form.codebook],
+        )  # fmt: skip
+        return y if bias is None else lowering.op("Add", y, bias)
+
+    def kept(self, name: str, constant: Constant) -> ir.Value:
+        """The initializer of a constant that goes into the graph's own file."""
+        self.own[name] = constant
+        return self._value(name, constant.spec)
+
+    def _value(self, name: str, spec: Spec) -> ir.Value:
+        kind = ir.TensorType(ONNX_TYPES[spec.dtype])
+        self._values.append(ir.Value(name=name, shape=ir.Shape(spec.shape), type=kind))
+        return self._values[-1]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the manifest says of the weights."""
+        return {"weights": "stored"}
 
     def own_shards(self) -> list[Shard]:
         """The file of what the checkpoint has in another form, if there is any."""
@@ -73,19 +117,34 @@ class StoredWeights:
     def bind(self) -> None:
         """Tells every initializer where its bytes are."""
         for shard in self.own_shards():
-            self.places |= {entry.key: _place(shard, entry.key) for entry in shard.entries}
+            self.places |= {entry.key: _place(shard, entry) for entry in shard.entries}
         for value in self._values:
             place = self.places[str(value.name)]
+            assert value.dtype is not None and value.shape is not None
             value.const_value = ir.ExternalTensor(
                 place.file,
                 place.offset,
                 place.nbytes,
-                ONNX_TYPES[place.spec.dtype],
-                shape=ir.Shape(place.spec.shape),
+                value.dtype,
+                shape=value.shape,
                 name=str(value.name),
             )
 
 
-def _place(shard: Shard, key: str) -> Place:
-    entry = next(entry for entry in shard.entries if entry.key == key)
+def site_shape(program: Program, weight: str) -> tuple[int, int]:
+    """The out and in features of the linear layer that has a weight."""
+    site = next(site for site in program.sites.values() if site.name("weight") == weight)
+    return site.out_features, site.in_features
+
+
+def expanded(packed: Packed) -> Constant:
+    """The absmax of a weight under double quantization as numbers, fp32."""
+    build = Builder()
+    names = ("absmax", "outer", "offset")
+    unnest = operator("peftc.nf4_unnest.default")
+    build.graph.output(build.op(unnest, *(build.const(name) for name in names)))
+    return derive(build.graph, packed.inputs, torch.float32)
+
+
+def _place(shard: Shard, entry: Entry) -> Place:
     return Place(shard.name, entry.start, entry.nbytes, entry.constant.spec)

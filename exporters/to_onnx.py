@@ -11,20 +11,22 @@ from typing import Any
 import torch
 
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
-from peftc.checkpoint import contained
+from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
 from peftc.exporters.onnx_fusing import fuse
 from peftc.exporters.onnx_genai import FILE, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
-from peftc.exporters.onnx_proof import prove
+from peftc.exporters.onnx_proof import BOUND, prove
+from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_weights import StoredWeights
 from peftc.exporters.to_safetensors import folders, manifest, states, write_model
 from peftc.link import link, plan
+from peftc.live import materialize
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
-from peftc.proof import Extent, affords_whole, site_proof
+from peftc.proof import Extent, affords_whole, loaded, site_proof, unfold, watch_file
 from peftc.whole import Whole, capture_whole
 
 
@@ -48,6 +50,7 @@ def to_onnx(
     program: Program,
     target: str | Path,
     *,
+    weights: Weights = "stored",
     overwrite: bool = False,
     proof: Extent = "auto",
     workers: int | None = None,
@@ -63,6 +66,9 @@ def to_onnx(
     Args:
         program: What to write; its adapters must be merged.
         target: A directory that does not exist.
+        weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
+            own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of
+            their own for each 32 weights of a row, an output head always in 8 bits.
         overwrite: Replace an artifact that peftc wrote there.
         proof: `sites` compares each rewritten site; `whole` also what onnxruntime computes with
             what eager torch does, in fp32, for which the model is loaded twice; `auto` does that up
@@ -83,26 +89,20 @@ def to_onnx(
             where=str(target),
             fix="merge it (--merge), or write it with --format peft",
         )
-    if program.packed:
-        raise ArtifactError(
-            "its weights are in 4 bits, which the graphs of --format onnx do not read",
-            where=str(target),
-            fix="write them plain: --then none, or the pass dequantize",
-        )
     target = Path(target)
     before = states(program)
     progress.stage("capture")
-    lowered = lower(program)
+    lowered = lower(program, weights)
     own = lowered.weights.own_shards()
-    need = sum(shard.size for shard in (*plan(program), *own))
-    key = key_of(program.fingerprint, before, versions(), tool_versions(), proof)
+    shards = plan(program) if weights == "stored" else []
+    need = sum(shard.size for shard in (*shards, *own))
+    key = key_of(program.fingerprint, before, versions(), tool_versions(), proof, weights)
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
         progress.stage("link", need)
-        measured = write_model(program, stage, workers=workers, progress=progress)
-        if own:
-            link(program, stage, shards=own, workers=workers, progress=progress)
+        measured = write_model(program, stage, shards=shards, workers=workers, progress=progress)
+        link(program, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
         if (config := genai_config(program, lowered.wholes)) is not None:
@@ -110,10 +110,10 @@ def to_onnx(
         progress.stage("check")
         check(stage)
         progress.stage("prove")
-        proved: dict[str, Any] = {"site": site_proof(program, measured)}
-        if affords_whole(program, proof):
-            progress.stage("compare with torch")
-            proved["onnx"] = prove(stage.path, lowered.wholes)
+        proved: dict[str, Any] = {}
+        if weights == "stored":
+            proved["site"] = site_proof(program, measured)
+        proved |= _proof(program, stage.path, lowered, proof, progress)
         changed = [path for path, state in states(program).items() if before[path] != state]
         if changed:
             raise CheckpointError(
@@ -122,7 +122,7 @@ def to_onnx(
         progress.stage("publish")
         report = {
             "opset": OPSET,
-            "weights": "as stored",
+            **lowered.weights.report,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
         more = {"proof": proved, "onnx": report, **(remarks or {})}
@@ -131,14 +131,37 @@ def to_onnx(
     return Artifact.open(target)
 
 
-def lower(program: Program) -> Lowered:
+def _proof(
+    program: Program, path: Path, lowered: Lowered, extent: Extent, progress: Progress
+) -> dict[str, Any]:
+    """What a directory's graphs are compared with: its checkpoint, or the program itself.
+
+    Raises:
+        ProofError: They compute something else.
+    """
+    own, proved = lowered.weights, dict[str, Any]()
+    quantized = isinstance(own, OwnWeights) and own.form is not None
+    if isinstance(own, OwnWeights) and quantized:
+        proved["weights"] = own.check(path)
+    if not affords_whole(program, extent):
+        return {**proved, "onnx": {"skipped": "two whole models in fp32; --proof whole does it"}}
+    progress.stage("compare with torch")
+    if isinstance(own, OwnWeights):
+        model = materialize(unfold(program), dtype=torch.float32)
+    else:
+        model = loaded(Checkpoint.open(path))
+    bound = None if quantized else BOUND
+    return {**proved, "onnx": prove(path, lowered.wholes, model, bound)}
+
+
+def lower(program: Program, kind: Weights = "stored") -> Lowered:
     """A program's graphs as ONNX; no weight is read.
 
     Raises:
         CaptureError: The model cannot be captured, or an operator has no ONNX.
     """
     wholes = capture_whole(program, torch.float32)
-    weights = StoredWeights(program)
+    weights = weights_of(program, kind)
     models = {}
     for whole in wholes:
         fuse(whole.graph)
@@ -199,17 +222,23 @@ def external_data(path: Path) -> list[PeftcError]:
     return errors
 
 
-def verify_onnx(artifact: Artifact, program: Program, extent: Extent) -> dict[str, Any]:
-    """Checks where an artifact's data lies, and repeats its comparison with torch.
+def verify_onnx(
+    artifact: Artifact, program: Program, extent: Extent, progress: Progress
+) -> dict[str, Any]:
+    """Checks where an artifact's data lies, and repeats its comparisons.
 
     Raises:
         ArtifactError: A graph's data is not inside of the directory.
         ProofError: onnxruntime computes something else.
     """
     raise_all(external_data(artifact.path)[:5])
-    if not affords_whole(program, extent):
-        return {}
-    return {"onnx": prove(artifact.path, capture_whole(program, torch.float32))}
+    kind = artifact.manifest["onnx"]["weights"]
+    report: dict[str, Any] = {}
+    if kind == "stored":
+        progress.stage("compare layers")
+        written = Checkpoint.open(artifact.path)
+        report["site"] = site_proof(program, watch_file(program, written))
+    return report | _proof(program, artifact.path, lower(program, kind), extent, progress)
 
 
 def tool_versions() -> dict[str, str]:

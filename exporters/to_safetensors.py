@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from peftc.artifact import SCHEMA, Artifact, Staging, digest, key_of, staging, versions
+from peftc.checkpoint import INDEX
 from peftc.constants import Constant, Derived, Leaf
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError
-from peftc.link import link, plan
+from peftc.link import Shard, link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watcher, whole_proof
@@ -84,13 +85,24 @@ def write_model(
     workers: int | None = None,
     progress: Progress = SILENT,
     head: HeadStart | None = None,
+    shards: list[Shard] | None = None,
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
     kept = {name: path.read_bytes() for name, path in program.source.companions().items()}
     for name, content in {**kept, **edited(program)}.items():
-        stage.add(folder + name, content)
+        if name != INDEX or shards != []:  # which names files that are not written
+            stage.add(folder + name, content)
     watch = watcher(program)
-    return link(program, stage, folder, workers=workers, watch=watch, progress=progress, head=head)
+    return link(
+        program,
+        stage,
+        folder,
+        shards=shards,
+        workers=workers,
+        watch=watch,
+        progress=progress,
+        head=head,
+    )
 
 
 def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:

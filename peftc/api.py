@@ -191,14 +191,13 @@ def verify(
         return report
     progress.stage("rebuild")
     program = rebuild(artifact)
-    progress.stage("compare layers")
-    written = Checkpoint.open(artifact.path)
-    report["site"] = site_proof(program, watch_file(program, written))
     if artifact.manifest["kind"] == "onnx":
         from peftc.exporters.to_onnx import verify_onnx
 
-        progress.stage("compare with torch")
-        return report | verify_onnx(artifact, program, extent)
+        return report | verify_onnx(artifact, program, extent, progress)
+    progress.stage("compare layers")
+    written = Checkpoint.open(artifact.path)
+    report["site"] = site_proof(program, watch_file(program, written))
     if artifact.manifest["kind"] == "model" and wants_whole(program, extent):
         progress.stage("compare logits")
         report["whole"] = whole_proof(program, artifact.path)
@@ -246,6 +245,7 @@ def export(
     format: Literal["safetensors", "onnx", "peft", "adapterhub", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
+    weights: Literal["stored", "fp32", "int8", "int4"] = "stored",
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
@@ -269,6 +269,7 @@ def export(
             checkpoint that they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
+        weights: With `onnx`; see `to_onnx`.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
@@ -279,6 +280,12 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
+    if weights != "stored" and format != "onnx":
+        raise ArtifactError(
+            f"weights={weights!r} is that of ONNX graphs, and the format is {format}",
+            where=str(target),
+            fix='add format="onnx"',
+        )
     if format == "onnx":  # before any work: its libraries may be missing
         from peftc.exporters.to_onnx import to_onnx
     program, report = load(source, progress), None
@@ -317,6 +324,7 @@ def export(
         return to_onnx(
             program,
             target,
+            weights=weights,
             overwrite=overwrite,
             proof=proof,
             workers=workers,

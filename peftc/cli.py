@@ -128,6 +128,11 @@ def _apply(
     help="Of the canonical LoRA; what does not fit is cut off, and the error printed.",
 )  # fmt: skip
 @click.option(
+    "--weights",
+    type=click.Choice(["stored", "fp32", "int8", "int4"]),
+    help="With --format onnx: refer to the merged checkpoint's (stored), or write their own.",
+)
+@click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
     help="Compare each rewritten layer (sites), the logits too (whole), or that if small (auto).",
 )  # fmt: skip
@@ -146,6 +151,7 @@ def export(
     form: Any,
     canonical: bool,
     rank: int | None,
+    weights: Any,
     proof: Any,
     workers: int | None,
     as_json: bool,
@@ -166,6 +172,8 @@ def export(
         raise click.UsageError("--merge-base, --then and --original need --merge.")
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
+    if weights is not None and form != "onnx":
+        raise click.UsageError("--weights is that of ONNX graphs: add --format onnx.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     from peftc.early import HeadStart
 
@@ -179,7 +187,8 @@ def export(
             artifact = run(
                 src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
                 original=original, force=force, format=form, canonical=canonical, rank=rank,
-                proof=proof, overwrite=overwrite, workers=workers, progress=progress, head=head,
+                weights=weights or "stored", proof=proof, overwrite=overwrite, workers=workers,
+                progress=progress, head=head,
             )  # fmt: skip
     _say_merge(terminal, artifact.manifest.get("merge"))
     _say_proof(terminal, artifact.manifest.get("proof", {}))
@@ -350,12 +359,27 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{whole['relative_error']:.1e} (bound {whole['bound']:.0e}), KL {whole['kl']:.1e}, "
             f"top-1 agreement {whole['top1_agreement']:.0%}"
         )
-    for name, seen in (proof.get("onnx") or {}).items():
-        if name.endswith(".onnx"):
+    if quantized := proof.get("weights"):
+        terminal.say(
+            f"[green]✓[/] every code is within a step of its weight: relative error "
+            f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
+        )
+    figures = proof.get("onnx") or {}
+    if "skipped" in figures:
+        terminal.say(f"[dim]…[/] graphs not compared with torch: {figures['skipped']}")
+    for name, seen in figures.items():
+        if not name.endswith(".onnx"):
+            continue
+        error = f"largest relative error {seen['relative_error']:.1e}"
+        if figures["bound"] is None:
             terminal.say(
-                f"[green]✓[/] {name} in onnxruntime equals eager torch: largest relative error "
-                f"{seen['relative_error']:.1e} (bound {proof['onnx']['bound']:.0e}), of the "
-                f"largest value, at {seen['at']}"
+                f"[yellow]![/] {name} is an approximation: {error}, top-1 agreement "
+                f"{seen['top1_agreement']:.0%}, KL {seen['kl']:.1e} ({seen['at']})"
+            )
+        else:
+            terminal.say(
+                f"[green]✓[/] {name} in onnxruntime equals eager torch: {error} "
+                f"(bound {figures['bound']:.0e}) in {seen['at']}"
             )
 
 

@@ -37,6 +37,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _INNER = {aten.flatten.using_ints, aten.unflatten.int}
 # Which argument is a table of which few rows are needed.
 _TABLES = {aten.embedding.default: 0, torch.ops.peftc.grouped_linear.default: 1}
+# Operators each of whose rows is made of the row of their first argument.
+_BY_ROWS = {
+    torch.ops.peftc.rotate.default,
+    torch.ops.peftc.uniform_codes.default,
+    torch.ops.peftc.uniform_scales.default,
+}
 _FRESH = {aten.mm.default, aten.linear.default, *_IN_PLACE}  # whose results are no views
 
 
@@ -201,6 +207,8 @@ class Evaluation:
             constant = self.constants[str(node.target)]
             if isinstance(constant, Derived):
                 return self._inner(str(node.target), constant).spans()
+        if node.target in _BY_ROWS:  # of a result that may be far smaller
+            return self._spans(node.all_input_nodes[0])
         unit = flat.unit(str(node.target), node.args, operands[0]) if operands else None
         if unit is None:
             return chunks(shape)
@@ -404,7 +412,7 @@ class _Plan:
             return frozenset({0, 1})
         if node.target in _INNER and node not in self.activations and node.args[1] != 0:
             return frozenset({0})
-        if node.target is torch.ops.peftc.rotate.default and node not in self.activations:
+        if node.target in _BY_ROWS and node not in self.activations:
             return frozenset({0})
         if (
             node.target is aten.transpose.int

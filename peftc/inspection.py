@@ -27,7 +27,11 @@ def inspect(source: str, terminal: Terminal) -> None:
         found["artifact"] = _artifact(path)
     if (path / "adapter_config.json").is_file():
         found["adapter"] = _adapter(path)
-    elif found.get("artifact", {}).get("kind") not in ("apply", "adapter", "cache"):
+    elif (
+        "artifact" not in found
+        or found["artifact"]["kind"] == "model"
+        or any(path.glob("model*.safetensors"))
+    ):
         found["checkpoint"] = _checkpoint(path)
     if terminal.as_json:
         terminal.data(found)
@@ -105,7 +109,14 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 def _artifact(path: Path) -> dict[str, Any]:
     manifest = Artifact.open(path).manifest
-    site, whole = (manifest.get("proof", {}).get(part, {}) for part in ("site", "whole"))
+    proof = manifest.get("proof", {})
+    graphs = proof.get("onnx", {})
+    parts = {"sites": proof.get("site", {}), "logits": proof.get("whole", {})}
+    parts |= {
+        name: {**seen, "bound": graphs["bound"]}
+        for name, seen in graphs.items()
+        if isinstance(seen, dict)
+    }
     return {
         "kind": manifest["kind"],
         "source": manifest["source"].get("path", manifest["source"].get("module")),
@@ -113,10 +124,10 @@ def _artifact(path: Path) -> dict[str, Any]:
         "adapters": ", ".join(manifest.get("adapters", {})) or "none",
         "proof": ", ".join(
             f"{name} {part['relative_error']:.1e} of {part['bound']:.0e}"
-            for name, part in (("sites", site), ("logits", whole))
+            for name, part in parts.items()
             if part.get("bound")
         )
-        or "nothing was rewritten",
+        or ("an approximation" if "bound" in graphs else "nothing was rewritten"),
     }
 
 

@@ -5,7 +5,8 @@ torch.export, whatever the number of tokens each expert gets. `peftc::rotate` is
 matrix, `peftc::skew` and `peftc::cayley` make its blocks, `peftc::lstm` is a layer of an LSTM, and
 `peftc::gate` weighs the rows of a batch and `peftc::route` adapters by the input; torch takes them
 apart into ATen.
-`peftc::start` gives the factors that PiSSA and OLoRA take out of a weight.
+`peftc::start` gives the factors that PiSSA and OLoRA take out of a weight. `peftc::uniform_codes`
+and `peftc::uniform_scales` are a matrix in evenly spaced steps, block by block.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _library.define("gate(Tensor mix, int column, Tensor like) -> Tensor")
 _library.define("route(Tensor logits, int? top, int dim) -> Tensor")
 _library.define("lstm(Tensor x, Tensor[] weights) -> Tensor")
 _library.define("cayley(Tensor skew, int terms) -> Tensor")
+_library.define("uniform_codes(Tensor matrix, int bits, int block) -> Tensor")
+_library.define("uniform_scales(Tensor matrix, int bits, int block) -> Tensor")
 
 
 def _rotate(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -90,6 +93,38 @@ def _lstm(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     return torch.lstm(x[None], (zeros, zeros), weights, True, 1, 0.0, True, True, True)[0][0]
 
 
+def _blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """Rows as blocks (out, blocks, size), the last filled up with zeros."""
+    padded = torch.nn.functional.pad(matrix.float(), (0, -matrix.shape[1] % size))
+    return padded.view(matrix.shape[0], -1, size)
+
+
+def _uniform_scales(matrix: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """The step of each block (out, blocks), fp32.
+
+    The value that is largest by size becomes the lowest code, of which there is one more than on
+    the other side of 0; so a step may be negative.
+    """
+    blocks = _blocks(matrix, block)
+    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))[..., 0]
+    return torch.div(largest, -(2 ** (bits - 1)))
+
+
+def _uniform_codes(matrix: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """The codes of each block (out, blocks, bytes): steps plus half their number, low bits first.
+
+    They are what ONNX Runtime's MatMulNBits reads; without zero points it takes half for 0.
+    """
+    half = 2 ** (bits - 1)
+    steps = _uniform_scales(matrix, bits, block).unsqueeze(-1)
+    inverse = torch.where(steps == 0, 0.0, 1 / steps)
+    codes = (_blocks(matrix, block) * inverse).round().add(half).clamp(0, 2 * half - 1)
+    whole = codes.to(torch.uint8)
+    return whole if bits == 8 else whole[..., ::2] | (whole[..., 1::2] << 4)
+
+
+_library.impl("uniform_codes", _uniform_codes, "CompositeImplicitAutograd")
+_library.impl("uniform_scales", _uniform_scales, "CompositeImplicitAutograd")
 _library.impl("rotate", _rotate, "CompositeImplicitAutograd")
 _library.impl("skew", _skew, "CompositeImplicitAutograd")
 _library.impl("cayley", _cayley, "CompositeImplicitAutograd")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import onnx_ir
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc import capture
+from peftc.cli import cli
 from peftc.errors import ArtifactError, CaptureError, CheckpointError, MissingDependency, ProofError
 from peftc.exporters.onnx_proof import session
 from peftc.exporters.to_onnx import lower
@@ -142,6 +144,7 @@ def test_genai_config_is_left_out_where_nothing_ends_a_text(
     """The tiny GPT-2's config names an end that is not in its vocabulary."""
     artifact = peftc.export(checkpoint("gpt2"), tmp_path / "out", format="onnx", proof="sites")
     assert "genai_config.json" not in artifact.manifest["files"]
+    assert "skipped" in artifact.manifest["proof"]["onnx"]
 
 
 def test_directory_serves_transformers_too_and_holds_each_weight_once(merged: Path) -> None:
@@ -182,11 +185,10 @@ def test_manifest_has_the_proof_and_verify_repeats_it(merged: Path) -> None:
     assert again["site"]["sites"] == proof["site"]["sites"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_weights_are_cast_when_they_are_loaded(
-    checkpoint: MakeCheckpoint, tmp_path: Path, dtype: torch.dtype
+    checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    base = checkpoint("qwen2", dtype, shards=True)
+    base = checkpoint("qwen2", torch.bfloat16, shards=True)
     peftc.export(base, tmp_path / "out", format="onnx")
     compare(tmp_path / "out", auto(base, torch.float32), 3, 9, 1e-5)
     proto = onnx.load(str(tmp_path / "out/model.onnx"), load_external_data=False)
@@ -230,8 +232,8 @@ def test_wrong_graph_is_not_published(
 ) -> None:
     real = lower
 
-    def wrong(program: Any) -> Any:
-        lowered = real(program)
+    def wrong(program: Any, kind: Any) -> Any:
+        lowered = real(program, kind)
         graph = lowered.models["model.onnx"].graph
         node = next(node for node in graph if node.op_type == "RMSNormalization")
         node.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 0.3)
@@ -256,6 +258,15 @@ def test_graph_that_fails_in_the_runtime_is_not_published(
     refuse(
         tmp_path, ProofError, lambda out: peftc.export(base, out, format="onnx"),
         "cannot load it: no such kernel",
+    )  # fmt: skip
+
+
+def test_weights_of_no_graph_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(click.UsageError, match="--format onnx"):
+        cli.main(["export", "base", "-o", "out", "--weights", "int4"], standalone_mode=False)
+    refuse(
+        tmp_path, ArtifactError, lambda out: peftc.export("base", out, weights="int4"),
+        "format is safetensors",
     )  # fmt: skip
 
 

@@ -10,10 +10,9 @@ from .onnx_families import FAMILIES, export
 
 # One of each way of computing; `python -m tests.onnx_families` tries all.
 CHOSEN = {
-    "GPT-2": {"transformer.h": (2, 3)}, "OPT": {"model.decoder.layers": (2, 3)},
+    "GPT-2": {"transformer.h": (2, 3)},
     "Gemma 3": {"model.layers": (4, 6)}, "Qwen3-MoE": {"model.layers": (2, 3)},
     "BERT": {"encoder.layer": (2, 3)}, "T5": {"encoder.block": (3, 4), "decoder.block": (3, 4)},
-    "Whisper": {"model.encoder.layers": (2, 3), "model.decoder.layers": (2, 3)},
     "ViT": {"vit.layers": (2, 3)},
 }  # fmt: skip
 
