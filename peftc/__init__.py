@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
     from peftc.mixing import together
-    from peftc.optimizer_groups import optimizer_groups
     from peftc.passes.attach import Attach
     from peftc.passes.combine import Combine
     from peftc.passes.fold import Fold
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from peftc.pipeline import Pipeline
     from peftc.program import Program
     from peftc.ranks_view import plot_ranks
+    from peftc.rates import optimizer_groups
     from peftc.recipe import Recipe
     from peftc.schedules import schedule
     from peftc.switching import Adapters
@@ -59,7 +59,6 @@ _HOMES = {
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
     "mixing": ("together",),
-    "optimizer_groups": ("optimizer_groups",),
     "passes.attach": ("Attach",),
     "passes.combine": ("Combine",),
     "passes.fold": ("Fold",),
@@ -70,6 +69,7 @@ _HOMES = {
     "pipeline": ("Pipeline",),
     "program": ("Program",),
     "ranks_view": ("plot_ranks",),
+    "rates": ("optimizer_groups",),
     "recipe": ("Recipe",),
     "schedules": ("schedule",),
     "switching": ("Adapters",),

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from peftc.errors import CheckpointError, TrainingError
-from peftc.optimizer_groups import optimizer_groups
 from peftc.progress import Progress
+from peftc.rates import optimizer_groups
 from peftc.runs import PREFIX, Run, best_of
 from peftc.scoring import perplexity, token_loss
 from peftc.token_rows import Rows

@@ -22,7 +22,7 @@ ORDER = [
     "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing",
     "structure", "calling", "normal", "repeated", "whole", "storage", "artifact", "runs", "early",
     "link", "fusing", "functions", "surrounding", "live", "switching", "virtual", "constant_cache",
-    "prefixes", "optimizer_groups", "schedules", "callbacks", "footprint", "tuner", "witness",
+    "prefixes", "rates", "schedules", "callbacks", "footprint", "tuner", "witness",
     "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe",
     "merging", "api", "training", "evaluation", "terminal", "inspection", "analysis_view",
     "ranks_view", "planning", "demo_model", "demo", "cli_options", "cli_plan", "cli_tune", "cli",
@@ -97,6 +97,13 @@ def test_modules_of_the_command_line_import_no_torch() -> None:
     names = ", ".join(f"peftc.{name}" for name in TORCH_FREE)
     code = f"import sys, {names}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_exported_names_are_none_of_modules() -> None:
+    """A module that is imported becomes the package's attribute of its name, whatever that was."""
+    import peftc
+
+    assert not set(peftc.__all__) & {file.stem for file in (ROOT / "peftc").glob("*.py")}
 
 
 def test_rooms_reach_no_one_else_s_namespace() -> None:
