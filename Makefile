@@ -24,6 +24,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/first_token.py
 	$(BIN)/python benchmarks/quantize.py
 	$(BIN)/python benchmarks/nf4_linear.py
