@@ -8,14 +8,13 @@ the table would stop the device, all are computed and weighed. To torch.compile 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-Part = tuple[slice, float | Tensor]
+Part = tuple[int, slice | Tensor, float | Tensor]
 
 
 @torch.library.custom_op("peftc::lora_rows", mutates_args=())
@@ -54,32 +53,43 @@ def _forward(
 ) -> Tensor:
     flat = x.reshape(mix.shape[0], -1, x.shape[-1])
     result: Tensor | None = None
-    for down, up, scale, column in zip(a, b, scales, columns, strict=True):
-        for rows, weight in _parts(mix, column):
-            piece = linear(linear(flat[rows].to(down.dtype), down), up).mul_(weight * scale)
-            if result is None and len(piece) == len(flat):
-                result = piece
-                continue
-            if result is None:
-                result = piece.new_zeros(*flat.shape[:2], piece.shape[-1])
-            result[rows] += piece
+    for k, rows, weight in _parts(mix, columns):
+        down, up = a[k], b[k]
+        piece = linear(linear(flat[rows].to(down.dtype), down), up).mul_(weight * scales[k])
+        if result is None and len(piece) == len(flat):
+            result = piece
+            continue
+        if result is None:
+            result = piece.new_zeros(*flat.shape[:2], piece.shape[-1])
+        _add(result, rows, piece)
     if result is None:
         result = flat.new_zeros(*flat.shape[:2], b[0].shape[0], dtype=a[0].dtype)
     return result.reshape(*x.shape[:-1], -1)
 
 
-def _parts(mix: Tensor, column: int) -> Iterator[Part]:
-    """The rows in which a column is not zero, and their weights; of a device all of them."""
-    weights = mix[:, column]
+def _parts(mix: Tensor, columns: Sequence[int]) -> Iterator[Part]:
+    """What is on: of each LoRA its number, its rows, and their weights; of a device all of it."""
     if mix.device.type != "cpu":
-        yield slice(None), weights[:, None, None]
+        yield from ((k, slice(None), mix[:, c, None, None]) for k, c in enumerate(columns))
         return
-    start = 0
-    for weight, group in groupby(weights.tolist()):
-        end = start + len(list(group))
-        if weight:
-            yield slice(start, end), weight
-        start = end
+    table = mix.tolist()
+    for k, column in enumerate(columns):
+        on = [row for row, weights in enumerate(table) if weights[column]]
+        if not on:
+            continue
+        first, last = on[0], on[-1]
+        neighbours = last - first + 1 == len(on)
+        rows = slice(first, last + 1) if neighbours else torch.tensor(on)
+        weights = [table[row][column] for row in on]
+        alike = all(weight == weights[0] for weight in weights)
+        yield k, rows, weights[0] if alike else torch.tensor(weights)[:, None, None]
+
+
+def _add(total: Tensor, rows: slice | Tensor, piece: Tensor) -> None:
+    if isinstance(rows, slice):
+        total[rows] += piece
+    else:
+        total.index_add_(0, rows, piece)
 
 
 @torch.library.custom_op("peftc::lora_rows_backward", mutates_args=())
@@ -97,13 +107,13 @@ def lora_rows_backward(
     above = grad.reshape(*flat.shape[:2], -1)
     to_x = torch.zeros_like(flat, dtype=a[0].dtype)
     to_a, to_b = ([torch.zeros_like(factor) for factor in factors] for factors in (a, b))
-    for k, (down, up, scale, column) in enumerate(zip(a, b, scales, columns, strict=True)):
-        for rows, weight in _parts(mix, column):
-            given, pulled = flat[rows].to(down.dtype), above[rows] * (weight * scale)
-            inner = pulled @ up
-            to_x[rows] += inner @ down
-            to_a[k] += inner.flatten(0, 1).mT @ given.flatten(0, 1)
-            to_b[k] += pulled.flatten(0, 1).mT @ linear(given, down).flatten(0, 1)
+    for k, rows, weight in _parts(mix, columns):
+        down, up = a[k], b[k]
+        given, pulled = flat[rows].to(down.dtype), above[rows] * (weight * scales[k])
+        inner = pulled @ up
+        _add(to_x, rows, inner @ down)
+        to_a[k] += inner.flatten(0, 1).mT @ given.flatten(0, 1)
+        to_b[k] += pulled.flatten(0, 1).mT @ linear(given, down).flatten(0, 1)
     return [to_x.to(x.dtype).reshape(x.shape), *to_a, *to_b]
 
 
