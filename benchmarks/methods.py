@@ -2,9 +2,10 @@
 
 For each method, by peftc and by PEFT where that has it, in a process of its own: the share of
 parameters that is trained, the peak of the process's memory, seconds a step, and the loss before
-the first step and behind the last, all from the same start values on the same rows of a real text
-(`pydoc_data.topics` of Python's own library). Then the latency of a forward pass against the base,
-unmerged and merged, at the sizes of table 1 of the LoRA paper.
+the first step and behind the last, from the same start values (but for virtual tokens) on the same
+rows of a real text (`pydoc_data.topics` of Python's own library). PEFT's loss of AdaLoRA has the
+regularizer in it. Then the latency of a forward pass against the base, unmerged and merged, at the
+sizes of table 1 of the LoRA paper.
 
     python benchmarks/methods.py                              SmolLM2-135M, 10 steps, an hour or so
     python benchmarks/methods.py --steps 3 --only "r=8" IA3 --sizes 1x128
@@ -62,10 +63,10 @@ def rows(base: Path, steps: int) -> torch.Tensor:
     return ids[:need].view(steps, BATCH, LENGTH)
 
 
-def live(by: str, base: Path, applied: Path, steps: int) -> tuple[Any, Any]:
+def live(by: str, base: Path, applied: Path, name: str, steps: int) -> tuple[Any, Any]:
     """A model to train, and what its method does beside each step, if anything."""
-    if by == "peftc":
-        program = peftc.load(applied)
+    if by == "peftc":  # not from the directory, which has no encoder of P-tuning any more
+        program = peftc.Pipeline(METHODS[name]).run(peftc.capture(base))
         model = peftc.materialize(program)
         return model, peftc.schedule(program, model, steps)
     if by == "base":
@@ -74,12 +75,16 @@ def live(by: str, base: Path, applied: Path, steps: int) -> tuple[Any, Any]:
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         own if own.is_dir() else base, dtype=torch.float32
     )
+    config = peft.PeftConfig.from_pretrained(applied / "adapter")
+    if config.is_prompt_learning:  # which PEFT does not train once it is saved: from its own start
+        config.inference_mode = False
+        return peft.get_peft_model(plain, config), None
     return peft.PeftModel.from_pretrained(plain, applied / "adapter", is_trainable=True), None
 
 
-def child(by: str, base: Path, applied: Path, steps: int) -> dict[str, Any]:
+def child(by: str, base: Path, applied: Path, name: str, steps: int) -> dict[str, Any]:
     """Trains, and tells what that took."""
-    model, extra = live(by, base, applied, steps)
+    model, extra = live(by, base, applied, name, steps)
     model.train()
     model.config.use_cache = False
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -130,7 +135,7 @@ def training(base: Path, steps: int, only: Sequence[str]) -> None:
                 continue
             sides = ["base"] if whole else ["peftc", "PEFT"]
             for by in sides[: 1 if name.startswith(OURS_ALONE) else None]:
-                command = [sys.executable, __file__, "--child", by, str(base), str(applied)]
+                command = [sys.executable, __file__, "--child", by, str(base), str(applied), name]
                 done = subprocess.run(
                     [*command, "--steps", str(steps)], stdout=subprocess.PIPE, text=True, check=True
                 )
@@ -194,15 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=size, nargs="*", default=[(1, 128), (16, 256), (32, 512)])
     parser.add_argument("--rounds", type=int, default=10, help="at most, of each model")
     parser.add_argument("--seconds", type=float, default=20, help="a method may take at a size")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     if given.child:
-        by, base, applied = given.child
+        by, base, applied, name = given.child
         torch.manual_seed(0)
-        print(json.dumps(child(by, Path(base), Path(applied), given.steps)))
+        print(json.dumps(child(by, Path(base), Path(applied), name, given.steps)))
         return
     base = given.model or demo_checkpoint()
     print(
