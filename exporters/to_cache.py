@@ -106,8 +106,8 @@ def to_cache(
 
 def _obstacle(program: Program, model: nn.Module) -> str | None:
     """Why there is nothing to write, if so."""
-    prefixed = [a for a in program.adapters.values() if a.method and a.method.prefixed]
     config: Any = getattr(model, "config", None)
+    prefixed = any(adapter.prefixed for adapter in program.adapters.values())
     if not prefixed or program.embedding not in program.sites:
         return "the program carries no prompt or prefix"
     if len(program.adapters) > 1:

@@ -103,9 +103,8 @@ def write_adapter(
     places: set[int] = set()
     constants = {key: program.constants[fqn] for key, fqn in adapter.tensors.items()}
     method = adapter.method
-    prefixed = method is not None and method.prefixed
     for key, constant in (method.written(constants) if method else constants).items():
-        if prefixed:
+        if adapter.prefixed:
             key = key.replace(PEFT_PREFIX, PEFT_PREFIX.removesuffix("model."), 1)
         tensor = value(constant).contiguous()
         # A tied tensor has several names, and the format takes no memory twice.
@@ -118,7 +117,7 @@ def write_adapter(
         "inference_mode": True,
         **(peft_edits(program) or {} if base is None else {}),
     }
-    if not prefixed:
+    if not adapter.prefixed:
         modules, experts = _targets(program, adapter)
         sites = [program.sites[fqn] for fqn in adapter.sites]
         config["target_modules"] = modules

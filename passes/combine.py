@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from peftc.contract import AdapterName, Effect, Pass, PassResult
+from peftc.contract import AdapterName, Effect, Pass, PassResult, absent
 from peftc.errors import PassError, PeftcError, did_you_mean, raise_all
 from peftc.passes.joint import Joint, in_place_of, truncated
-from peftc.targets import Names
+from peftc.targets import Names, listed
 
 if TYPE_CHECKING:
     from torch import fx
@@ -106,20 +106,11 @@ class Combine(Pass):
 
     def names(self, program: Program) -> list[str]:
         """The adapters that are combined."""
-        if self.adapters is None:
-            return list(program.adapters)
-        return [self.adapters] if isinstance(self.adapters, str) else list(self.adapters)
+        return list(program.adapters) if self.adapters is None else listed(self.adapters)
 
     def _named(self, program: Program, names: list[str]) -> list[PeftcError]:
         there = program.adapters
-        errors: list[PeftcError] = [
-            PassError(
-                f"there is no adapter {name!r}",
-                fix=did_you_mean(name, there) if there else "attach it before this pass",
-            )
-            for name in dict.fromkeys(names)
-            if name not in there
-        ]
+        errors = absent(names, program)
         errors += [
             PassError(f"the adapter {name!r} is named twice", fix="name it once, with its weight")
             for name in dict.fromkeys(names)

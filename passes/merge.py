@@ -58,4 +58,4 @@ def unmergeable(program: Program) -> list[PeftcError]:
 
 def _virtual(program: Program) -> list[Adapter]:
     """The adapters that put virtual tokens before a sequence."""
-    return [a for a in program.adapters.values() if a.method is not None and a.method.prefixed]
+    return [adapter for adapter in program.adapters.values() if adapter.prefixed]

@@ -88,7 +88,7 @@ class PrefixTuning(Method):
             return [*errors, error]
 
     def unserved(self, program: Program, names: Sequence[str]) -> list[PeftcError]:
-        others = [a.name for a in program.adapters.values() if getattr(a.method, "prefixed", False)]
+        others = [a.name for a in program.adapters.values() if a.prefixed]
         return super().unserved(program, names) + [
             PassError(
                 f"the adapter {other!r} puts virtual tokens first already",

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from peftc.contract import Effect, Pass, PassResult
-from peftc.errors import PassError, PeftcError, did_you_mean, raise_all
+from peftc.contract import Effect, Pass, PassResult, absent
+from peftc.errors import PassError, PeftcError, raise_all
 from peftc.passes.joint import Joint, in_place_of
 from peftc.passes.lora import Lora
-from peftc.targets import Names
+from peftc.targets import Names, listed
 
 if TYPE_CHECKING:
     import torch
@@ -68,14 +68,7 @@ class PruneRanks(Pass):
         from peftc.deltas import alone, deltas, unstackable, untold
 
         there, names = program.adapters, self.names(program)
-        errors: list[PeftcError] = [
-            PassError(
-                f"there is no adapter {name!r}",
-                fix=did_you_mean(name, there) if there else "attach it before this pass",
-            )
-            for name in (names or ["default"])
-            if name not in there
-        ]
+        errors = absent(names or ["default"], program)
         lost = [name for name in names if name in there and _beside(there[name]) is None]
         errors = errors or untold(program, lost) + unstackable(program)
         if errors:
@@ -129,9 +122,7 @@ class PruneRanks(Pass):
 
     def names(self, program: Program) -> list[str]:
         """The adapters that are pruned."""
-        if self.adapters is None:
-            return list(program.adapters)
-        return [self.adapters] if isinstance(self.adapters, str) else list(self.adapters)
+        return list(program.adapters) if self.adapters is None else listed(self.adapters)
 
     def outlook(self, program: Program) -> list[Pruning]:
         """What the pass would do to each site, which it does not do.

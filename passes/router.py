@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr
 
-from peftc.contract import Effect, Method
-from peftc.errors import PassError, PeftcError, did_you_mean
-from peftc.targets import Names
+from peftc.contract import Effect, Method, absent
+from peftc.errors import PassError, PeftcError, located
+from peftc.targets import Names, listed
 
 if TYPE_CHECKING:
     from torch import fx
@@ -88,7 +88,7 @@ class Router(Method):
         """The adapters that are weighed."""
         if self.experts is None:
             return [name for name in program.adapters if name != self.adapter]
-        return [self.experts] if isinstance(self.experts, str) else list(self.experts)
+        return listed(self.experts)
 
     def _experts_at(self, program: Program) -> dict[str, list[str]]:
         """The experts of each site that has several, in the program's order."""
@@ -130,13 +130,9 @@ class Router(Method):
         """Experts that are not there, or are none that can be weighed."""
         from peftc.deltas import unstackable
 
-        errors: list[PeftcError] = []
+        errors = located(absent(self.names(program), program), "experts")
         for name in self.names(program):
-            adapter = program.adapters.get(name)
-            if adapter is None:
-                fix = did_you_mean(name, program.adapters) if program.adapters else "attach it"
-                errors.append(PassError(f"there is no adapter {name!r}", where="experts", fix=fix))
-            elif adapter.method is not None and adapter.method.prefixed:
+            if name in program.adapters and program.adapters[name].prefixed:
                 errors.append(
                     PassError(
                         "puts virtual tokens before a sequence, and adds nothing at a site",

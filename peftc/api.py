@@ -305,39 +305,18 @@ def export(
             where=str(source),
             fix="add merge=True, or leave them out",
         )
-    remarks = {"merge": report} if report else {}
+    how: dict[str, Any] = {
+        "overwrite": overwrite,
+        "workers": workers,
+        "progress": progress,
+        "remarks": {"merge": report} if report else {},
+    }
     if format == "cache":
-        return to_cache(
-            program,
-            target,
-            model=merge,
-            overwrite=overwrite,
-            workers=workers,
-            progress=progress,
-            remarks=remarks,
-        )
+        return to_cache(program, target, model=merge, **how)
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
     if format == "onnx":
-        return to_onnx(
-            program,
-            target,
-            weights=weights,
-            overwrite=overwrite,
-            proof=proof,
-            workers=workers,
-            progress=progress,
-            remarks=remarks,
-        )
-    return to_safetensors(
-        program,
-        target,
-        overwrite=overwrite,
-        proof=proof,
-        workers=workers,
-        progress=progress,
-        remarks=remarks,
-        head=head,
-    )
+        return to_onnx(program, target, weights=weights, proof=proof, **how)
+    return to_safetensors(program, target, proof=proof, head=head, **how)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
-from peftc.errors import AdapterError, PassError, PeftcError
+from peftc.errors import AdapterError, PassError, PeftcError, did_you_mean
 from peftc.targets import LINEARS, Names, Targets, idle_modules, named_modules
 
 if TYPE_CHECKING:
@@ -325,6 +325,19 @@ class Method(Targets, Pass):
     def run(self, program: Program) -> PassResult:
         chosen, _ = self.pick(program)
         return PassResult(program.inject(self, chosen), modified=True)
+
+
+def absent(names: Sequence[str], program: Program) -> list[PeftcError]:
+    """An error for each adapter that is named and not attached."""
+    there = program.adapters
+    return [
+        PassError(
+            f"there is no adapter {name!r}",
+            fix=did_you_mean(name, there) if there else "attach it before this pass",
+        )
+        for name in dict.fromkeys(names)
+        if name not in there
+    ]
 
 
 def trained_biases(program: Program, which: str, sites: Sequence[str]) -> list[str]:

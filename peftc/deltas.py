@@ -102,7 +102,7 @@ def untold(program: Program, names: Sequence[str]) -> list[PeftcError]:
     errors: list[PeftcError] = []
     base = program.captured
     for name in names:
-        if (method := program.adapters[name].method) is not None and method.prefixed:
+        if program.adapters[name].prefixed:
             errors.append(
                 PassError(
                     f"the adapter {name!r} puts virtual tokens before each sequence, and changes "

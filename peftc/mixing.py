@@ -20,7 +20,7 @@ from peftc.constants import Initial
 from peftc.deltas import again, alone
 from peftc.errors import PassError, PeftcError, raise_all
 from peftc.graphs import Builder, Spec, aten
-from peftc.program import MIX, Adapter, Program
+from peftc.program import MIX, Program
 from peftc.sites import Site
 
 Gate = Callable[[Builder, int, fx.Node], fx.Node]
@@ -43,7 +43,7 @@ def together(*programs: Program) -> Program:
     raise_all(_obstacles(programs))
     bare = [alone(program, []) for program in programs]
     base = bare[0].rewrite(site for other in bare[1:] for site in other.sites.values())
-    gated = [name for name, owner in owners.items() if not _prefixed(owner.adapters[name])]
+    gated = [name for name, owner in owners.items() if not owner.adapters[name].prefixed]
     columns = list(owners)
     spec = Spec((1, len(columns)), torch.float32)
     mix = Initial(MIX, spec, "values", values=(1, *(0 for _ in columns[1:])))
@@ -158,10 +158,6 @@ def sums(result: fx.Node, y: fx.Node) -> list[fx.Node] | None:
         found.insert(0, total)
         total = total.args[0]
     return found
-
-
-def _prefixed(adapter: Adapter) -> bool:
-    return adapter.method is not None and adapter.method.prefixed
 
 
 def _obstacles(programs: Sequence[Program]) -> list[PeftcError]:

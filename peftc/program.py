@@ -141,6 +141,11 @@ class Adapter:
     method: Injector | None = None
 
     @property
+    def prefixed(self) -> bool:
+        """Whether it puts virtual tokens before a sequence."""
+        return self.method is not None and self.method.prefixed
+
+    @property
     def prompts(self) -> dict[str, str]:
         """Its tensors that belong to the model as a whole, by their names without the adapter's."""
         own = f"{PROMPTS}.{self.name}."

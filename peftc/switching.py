@@ -209,7 +209,7 @@ class Adapters:
 
     def _prefixed(self) -> set[str]:
         """The adapters that put virtual tokens before a sequence."""
-        return {name for name in self.names if self._method(name).prefixed}
+        return {name for name in self.names if self.program.adapters[name].prefixed}
 
     def _tensor(self, fqn: str) -> Tensor:
         owner, _, leaf = fqn.rpartition(".")

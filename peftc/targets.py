@@ -53,6 +53,11 @@ def _expression(value: str) -> str:
     return value
 
 
+def listed(names: str | list[str]) -> list[str]:
+    """Names that an option gives, of which one need not be a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 Pattern = Annotated[str, AfterValidator(_expression)]
 Names = Annotated[str | list[str], BeforeValidator(_names)]
 Layers = Annotated[list[int], BeforeValidator(_layer_ranges)]
