@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ import torch
 import transformers
 from torch import nn
 from transformers.utils import logging
+
+from peftc.cli import main
+
+from .helpers import Ran
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -45,6 +50,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 MakeCheckpoint = Callable[..., Path]
 Tied = Callable[..., Path]
 MakeAdapter = Callable[..., Path]
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `peftc …` in this process, as the entry point does."""
+
+    def call(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["peftc", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Ran(int(stop.value.code or 0), *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

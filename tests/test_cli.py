@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,27 +15,12 @@ from safetensors.torch import load_file, save_file
 import peftc
 from peftc import inspection, proof, registry
 from peftc.artifact import digest
-from peftc.cli import cli, main
+from peftc.cli import cli
 
-from .conftest import MakeAdapter, MakeCheckpoint, auto, distance, logits, with_peft
-from .helpers import Ran, alone, copied
+from .conftest import MakeAdapter, MakeCheckpoint, Run, auto, distance, logits, with_peft
+from .helpers import alone, copied
 
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "peft"}
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `peftc …` in this process, as the entry point does."""
-
-    def call(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["peftc", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return Ran(int(stop.value.code or 0), *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,13 @@ from click.testing import CliRunner
 
 import peftc
 from peftc import Evaluation, Tuning
-from peftc.cli import cli, main
+from peftc.cli import cli
 
-from .helpers import Ran, alone
+from .conftest import Run
+from .helpers import alone
 from .talker import lines, sums, talker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-Run = Callable[..., Ran]
 HOW = ["--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", "--no-plot"]
 
 
@@ -30,20 +28,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sums(tmp_path_factory.mktemp("data") / "sums.jsonl", 8)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `peftc …` in this process, as the entry point does."""
-
-    def call(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["peftc", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return Ran(int(stop.value.code or 0), *capfd.readouterr())
-
-    return call
 
 
 @pytest.mark.parametrize(("command", "settings"), [("tune", Tuning), ("eval", Evaluation)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 import peftc
 from peftc import Lora, Merge, Pipeline, registry
-from peftc.cli import main
 from peftc.errors import ArtifactError, PassError, ProofError
 from peftc.kernels import nf4
 from peftc.merging import merge, original_of
@@ -390,20 +388,6 @@ def test_bitsandbytes_checkpoint_and_peft_adapter_merge(base: Path, tmp_path: Pa
     assert artifact.manifest["merge"]["original"] is None
     assert distance(logits(auto(artifact.path)), logits(wrapped.eval())) <= 1e-4
     assert distance(logits(auto(tmp_path / "bnb")), logits(wrapped)) > 1e-2
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Runs `peftc …` in this process, as the entry point does."""
-
-    def call(*args: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["peftc", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return Ran(int(stop.value.code or 0), *capfd.readouterr())
-
-    return call
 
 
 def test_export_is_refused_when_most_of_the_update_dies(
