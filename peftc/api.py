@@ -231,6 +231,38 @@ def rebuild(artifact: Artifact) -> Program:
     return built
 
 
+def prepare(
+    source: str | Path,
+    merge: bool = False,
+    adapters: Sequence[tuple[str, float]] = (),
+    merge_base: MergeBase | None = None,
+    then: Then | None = None,
+    original: str | Path | None = None,
+    force: bool = False,
+    keep_virtual: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Program, dict[str, Any] | None]:
+    """The program that an export writes, and what was measured of a merge; see `export`."""
+    program = load(source, progress)
+    steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
+    program = Pipeline(build(steps, "--adapter")).run(program, progress)
+    if merge:
+        if not program.adapters:
+            raise ArtifactError(
+                "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
+            )
+        return merge_adapters(
+            program, merge_base, then, original, force, keep_virtual, progress=progress
+        )
+    if merge_base or then or original:
+        raise ArtifactError(
+            "merge_base, then and original say how to merge, and nothing is merged",
+            where=str(source),
+            fix="add merge=True, or leave them out",
+        )
+    return program, None
+
+
 def export(
     source: str | Path,
     target: str | Path,
@@ -287,23 +319,9 @@ def export(
         )
     if format == "onnx":  # before any work: its libraries may be missing
         from peftc.exporters.to_onnx import to_onnx
-    program, report = load(source, progress), None
-    steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
-    program = Pipeline(build(steps, "--adapter")).run(program, progress)
-    if merge:
-        if not program.adapters:
-            raise ArtifactError(
-                "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
-            )
-        program, report = merge_adapters(
-            program, merge_base, then, original, force, format == "cache", progress=progress
-        )
-    elif merge_base or then or original:
-        raise ArtifactError(
-            "merge_base, then and original say how to merge, and nothing is merged",
-            where=str(source),
-            fix="add merge=True, or leave them out",
-        )
+    program, report = prepare(
+        source, merge, adapters, merge_base, then, original, force, format == "cache", progress
+    )
     how: dict[str, Any] = {
         "overwrite": overwrite,
         "workers": workers,
