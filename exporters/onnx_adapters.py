@@ -1,0 +1,332 @@
+"""Adapters for the slots of ONNX graphs: low-rank branches as onnxruntime's `.onnx_adapter` files.
+
+What an adapter adds is read off the folded graphs, so that LoRA, AdaLoRA, VeRA and several of them
+at once are the same here: B·A, the scale in B, ranks side by side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from peftc.artifact import Staging, digest, key_of
+from peftc.constants import Held
+from peftc.deltas import alone, deltas, deviation, unstackable, untold
+from peftc.errors import (
+    AdapterError,
+    ArtifactError,
+    PeftcError,
+    ProofError,
+    SelectionError,
+    did_you_mean,
+    located,
+    raise_all,
+)
+from peftc.evaluate import value
+from peftc.exporters.onnx_needs import onnxruntime
+from peftc.exporters.onnx_proof import prove
+from peftc.exporters.onnx_slots import Slot, Slots
+from peftc.factors import Delta, product
+from peftc.live import materialize
+from peftc.program import Program
+from peftc.progress import Progress
+from peftc.targets import ALL_LINEAR, LINEARS, Targets
+from peftc.whole import Whole
+
+SUFFIX = ".onnx_adapter"
+FOLDER = "adapters/"  # beside a base, of the adapters that it was exported with
+BOUND = {torch.float32: 1e-5}  # of ΔW, of each site; other dtypes: two spacings, A's and B's
+SHOWN = 5  # how many of many alike errors are spelled out
+Branches = Mapping[str, Delta]  # what an adapter adds, by site
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A program whose adapters stay outside of its graphs.
+
+    Attributes:
+        program: It carries the adapters.
+        base: It carries none.
+        slots: Where the graphs take one.
+        branches: What each adapter adds.
+    """
+
+    program: Program
+    base: Program
+    slots: Slots
+    branches: Mapping[str, Branches]
+
+    @classmethod
+    def of(cls, program: Program, targets: str | Sequence[str] | None) -> Swap:
+        """Takes the adapters off a program.
+
+        Args:
+            program: It carries any number of them, none of which is merged.
+            targets: Which layers have slots, beside those that the adapters change; default: these
+                alone, or all linear layers where there is no adapter.
+
+        Raises:
+            PeftcError: A target has no slot, or an adapter is more than low-rank branches.
+        """
+        raise_all(located(unstackable(program), "--adapters swap"))
+        base, found = alone(program, []), dict[str, Branches]()
+        errors: list[PeftcError] = []
+        for name in program.adapters:
+            branches, wrong = low_rank(alone(program, [name]))
+            found[name], errors = branches, errors + located(wrong, f"adapter {name}")
+        names = {fqn for branches in found.values() for fqn in branches}
+        if targets is not None or not found:
+            chosen, wrong = _chosen(base, targets or ALL_LINEAR)
+            names, errors = {*names, *chosen}, errors + wrong
+        raise_all(errors)
+        return cls(program, base, Slots(fqn for fqn in base.sites if fqn in names), found)
+
+    @property
+    def nbytes(self) -> int:
+        """About what the adapters' files take."""
+        pairs = [d.factors for b in self.branches.values() for d in b.values() if d.factors]
+        return sum(factor.spec.nbytes for pair in pairs for factor in pair)
+
+    def write(self, stage: Staging) -> dict[str, Any]:
+        """Writes the adapters' files behind the base's; what the manifest says of both."""
+        base = base_fingerprint({name: one.blake3 for name, one in stage.files.items()})
+        made = self.slots.made
+        written = {
+            name: write(stage, f"{FOLDER}{name}", branches, made, base)
+            for name, branches in self.branches.items()
+        }
+        slots = {fqn: made[fqn].described() for fqn in self.base.sites if fqn in made}
+        return {"base": base, "slots": slots, "adapters": written}
+
+    def prove(
+        self,
+        path: Path,
+        report: Mapping[str, Any],
+        wholes: Sequence[Whole],
+        proved: Mapping[str, Any],
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Compares each adapter's file with its adapter, and the graphs with it with torch.
+
+        Args:
+            path: The directory.
+            report: What `write` gave.
+            wholes: What the graphs were lowered from.
+            proved: What the comparison of the graphs without adapters gave.
+            progress: Told of each adapter.
+
+        Raises:
+            ProofError: A file or a graph is something else.
+        """
+        figures: dict[str, Any] = {}
+        for name, branches in self.branches.items():
+            files = report["adapters"][name]["files"]
+            figures[name] = {"site": check(path, files, branches, self.slots.made)}
+            if "skipped" not in proved:
+                progress.stage(f"compare {name} with torch")
+                model = materialize(alone(self.program, [name]), dtype=torch.float32)
+                given = {graph: path / file for graph, file in files.items()}
+                seen = prove(path, wholes, model, proved["bound"], given)
+                figures[name] |= {key: seen[key] for key in ("bound", *files)}
+        return figures
+
+
+def _chosen(base: Program, targets: str | Sequence[str]) -> tuple[list[str], list[PeftcError]]:
+    """The layers that are to have slots."""
+    given = targets if isinstance(targets, str) else list(targets)
+    try:
+        chosen, errors = Targets(targets=given).pick(base)
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        return [], [SelectionError(what, where=f"slots {given}", fix="write q_proj,v_proj")]
+    errors += [_no_slot(base, fqn) for fqn in chosen if base.sites[fqn].kind.name not in LINEARS]
+    return chosen, located(errors, "slots")
+
+
+def _no_slot(program: Program, fqn: str) -> PeftcError:
+    return AdapterError(
+        f"is a site of kind {program.sites[fqn].kind.name}, and slots are beside linear layers",
+        where=fqn,
+        fix="merge what changes it (--merge), or leave it out",
+    )
+
+
+def low_rank(program: Program) -> tuple[Branches, list[PeftcError]]:
+    """What a program's adapters add together, by site, and what of it is no low-rank branch."""
+    names = list(program.adapters)
+    if errors := untold(program, names):
+        return {}, errors
+    found, refused = deltas(program)
+    errors = [*refused[:SHOWN]]
+    for fqn, delta in found.items():
+        if program.sites[fqn].kind.name not in LINEARS:
+            errors.append(_no_slot(program, fqn))
+        elif delta.bias is not None:
+            errors.append(
+                AdapterError(
+                    "what the adapter adds changes the bias too, for which there is no slot",
+                    where=fqn,
+                    fix="merge it (--merge), or train it without a bias of its own",
+                )
+            )
+        elif delta.factors is None:
+            kinds = {str(program.adapters[name].config.get("peft_type")) for name in names}
+            errors.append(
+                AdapterError(
+                    f"what the adapter ({', '.join(sorted(kinds))}) adds is no product of two "
+                    "small matrices, as a slot takes them",
+                    where=fqn,
+                    fix="merge it (--merge), or make a LoRA of it first: --format peft --canonical",
+                )
+            )
+    if not (found or errors):
+        return {}, [ArtifactError("adds nothing", fix="train it, or leave it out")]
+    return found, errors[:SHOWN]
+
+
+def unfitted(branches: Iterable[str], slots: Iterable[str]) -> list[PeftcError]:
+    """An error for each site that an adapter changes and an existing base has no slot for."""
+    known = list(slots)
+    lacking = [fqn for fqn in branches if fqn not in known]
+    return [
+        AdapterError(
+            f"the base has no slot for it ({len(lacking)} of the adapter's layers have none)",
+            where=fqn,
+            fix=f"{did_you_mean(fqn, known)} Or export the base again, with slots for these",
+        )
+        for fqn in lacking[:SHOWN]
+    ]
+
+
+def base_fingerprint(files: Mapping[str, str]) -> str:
+    """What an adapter's file is for: graphs and weights, by the hashes of their files."""
+    kept = {
+        name: blake3
+        for name, blake3 in files.items()
+        if "/" not in name and name.endswith((".onnx", ".safetensors"))
+    }
+    return key_of(sorted(kept.items()))
+
+
+def write(
+    stage: Staging, stem: str, branches: Branches, slots: Mapping[str, Slot], base: str
+) -> dict[str, Any]:
+    """Writes an adapter: one file, or one for each graph of the base that it goes into.
+
+    Args:
+        stage: Where.
+        stem: The file's name without its ending.
+        branches: What the adapter adds; every site has a slot.
+        slots: The base's, by site.
+        base: Its fingerprint, of which the file holds 31 bits as its model version.
+
+    Returns:
+        What the manifest says of it, the file of each graph among it.
+    """
+    graphs = sorted({graph for slot in slots.values() for graph in slot.graphs})
+    tensors: dict[str, dict[str, torch.Tensor]] = {graph: {} for graph in graphs}
+    ranks = []
+    for fqn, delta in branches.items():
+        slot, (up, down) = slots[fqn], _factors(delta)
+        ranks.append(down.shape[0])
+        for graph in slot.graphs if down.shape[0] else ():
+            tensors[graph] |= {
+                slot.down: down.t().to(slot.dtype).contiguous(),
+                slot.up: up.t().to(slot.dtype).contiguous(),
+            }
+    if not any(ranks):
+        raise ArtifactError("adds nothing", where=stem, fix="train it, or leave it out")
+    files = {}
+    for graph in graphs:
+        if tensors[graph]:
+            name = f"{stem}{SUFFIX}" if len(graphs) == 1 else f"{stem}.{graph}{SUFFIX}"
+            files[f"{graph}.onnx"] = name
+            _write(stage, name, tensors[graph], int(base[:8], 16) >> 1)
+    return {"files": files, "sites": len(branches), "ranks": [min(ranks), max(ranks)]}
+
+
+def _factors(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (out, rank) and A (rank, in), without ranks that are nothing, as pruned ones are."""
+    assert delta.factors is not None
+    up, down = (value(factor).float() for factor in delta.factors)
+    used = up.ne(0).any(0) & down.ne(0).any(1)
+    return up[:, used], down[used]
+
+
+def _write(
+    stage: Staging, name: str, tensors: Mapping[str, torch.Tensor], model_version: int
+) -> None:
+    form = onnxruntime.AdapterFormat()
+    form.set_adapter_version(1)
+    form.set_model_version(model_version)
+    kept = {key: tensor.numpy() for key, tensor in tensors.items()}
+    form.set_parameters(
+        {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in kept.items()}
+    )
+    path = stage.path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    form.export_adapter(str(path))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    stage.seal(name, digest(path))
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an `.onnx_adapter` file by the inputs that they go to.
+
+    Raises:
+        AdapterError: It is none.
+    """
+    try:
+        found = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        return {name: torch.from_numpy(array.numpy().copy()) for name, array in found.items()}
+    except Exception as error:  # onnxruntime's have no class in common
+        raise AdapterError(
+            f"is no adapter that onnxruntime {onnxruntime.__version__} reads",
+            where=str(path),
+            fix="export it again",
+        ) from error
+
+
+def check(
+    path: Path, files: Mapping[str, str], branches: Branches, slots: Mapping[str, Slot]
+) -> dict[str, Any]:
+    """Compares what lies in an adapter's files with what the adapter adds to each weight.
+
+    Raises:
+        ProofError: A site differs by more than rounding explains, or a tensor has no slot.
+        AdapterError: A file is damaged.
+    """
+    worst: dict[str, Any] = {"relative_error": 0.0, "at": None}
+    for graph, name in files.items():
+        found = read(path / name)
+        for fqn, delta in branches.items():
+            slot = slots[fqn]
+            if graph.removesuffix(".onnx") not in slot.graphs:
+                continue
+            down = found.pop(slot.down, torch.zeros(slot.inputs, 0)).float()
+            up = found.pop(slot.up, torch.zeros(0, slot.outputs)).float()
+            bound = BOUND.get(slot.dtype, 2 * torch.finfo(slot.dtype).eps)
+            error = deviation(product(Held(up.t()), Held(down.t())), delta.matrix)
+            if not error <= bound:
+                raise ProofError(
+                    f"what {name} adds differs from the adapter's by {error:.2e} (bound {bound:g})",
+                    where=fqn,
+                    fix="look for values that overflow "
+                    f"{str(slot.dtype).removeprefix('torch.')}, or export it again",
+                )
+            if error >= worst["relative_error"]:
+                worst = {"relative_error": error, "at": fqn, "bound": bound}
+        if found:
+            raise ProofError(
+                f"holds {len(found)} tensors that its adapter does not have, such as {min(found)}",
+                where=str(path / name),
+                fix="export it again",
+            )
+    return {"sites": len(branches), **worst}
