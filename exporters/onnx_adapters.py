@@ -87,12 +87,6 @@ class Swap:
         raise_all(errors)
         return cls(program, base, Slots(fqn for fqn in base.sites if fqn in names), found)
 
-    @property
-    def nbytes(self) -> int:
-        """About what the adapters' files take."""
-        pairs = [d.factors for b in self.branches.values() for d in b.values() if d.factors]
-        return sum(factor.spec.nbytes for pair in pairs for factor in pair)
-
     def write(self, stage: Staging) -> dict[str, Any]:
         """Writes the adapters' files behind the base's; what the manifest says of both."""
         base = base_fingerprint({name: one.blake3 for name, one in stage.files.items()})
@@ -202,6 +196,12 @@ def unfitted(branches: Iterable[str], slots: Iterable[str]) -> list[PeftcError]:
         )
         for fqn in lacking[:SHOWN]
     ]
+
+
+def size(branches: Branches) -> int:
+    """About the bytes that an adapter's files take, fp32."""
+    pairs = [delta.factors for delta in branches.values() if delta.factors]
+    return sum(factor.spec.nbytes for pair in pairs for factor in pair)
 
 
 def base_fingerprint(files: Mapping[str, str]) -> str:

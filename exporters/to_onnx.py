@@ -13,7 +13,7 @@ import torch
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
-from peftc.exporters.onnx_adapters import Swap
+from peftc.exporters.onnx_adapters import Swap, size
 from peftc.exporters.onnx_fusing import fuse
 from peftc.exporters.onnx_genai import FILE, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
@@ -103,10 +103,11 @@ def to_onnx(
     target, base = Path(target), swap.base if swap else program
     before = states(program)
     progress.stage("capture")
-    lowered = lower(base, weights, swap and swap.slots)
+    lowered = lower(base, weights, swap.slots if swap else None)
     own = lowered.weights.own_shards()
     shards = plan(base) if weights == "stored" else []
-    need = sum(shard.size for shard in (*shards, *own)) + (swap.nbytes if swap else 0)
+    need = sum(shard.size for shard in (*shards, *own))
+    need += sum(map(size, swap.branches.values())) if swap else 0
     asked = proof, weights, adapters, slots
     key = key_of(program.fingerprint, before, versions(), tool_versions(), asked)
     with staging(
@@ -259,7 +260,7 @@ def verify_onnx(
         progress.stage("compare layers")
         written = Checkpoint.open(artifact.path)
         report["site"] = site_proof(base, watch_file(base, written))
-    lowered = lower(base, kind, swap and swap.slots)
+    lowered = lower(base, kind, swap.slots if swap else None)
     report |= _proof(base, artifact.path, lowered, extent, progress)
     if swap:
         figures = report["onnx"]
