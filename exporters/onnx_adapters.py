@@ -185,16 +185,19 @@ def low_rank(program: Program) -> tuple[Branches, list[PeftcError]]:
 
 
 def unfitted(branches: Iterable[str], slots: Iterable[str]) -> list[PeftcError]:
-    """An error for each site that an adapter changes and an existing base has no slot for."""
+    """An error for the sites that an adapter changes and an existing base has no slot for."""
     known = list(slots)
     lacking = [fqn for fqn in branches if fqn not in known]
+    if not lacking:
+        return []
+    kinds = ",".join(sorted({fqn.rpartition(".")[2] for fqn in lacking}))
     return [
         AdapterError(
-            f"the base has no slot for it ({len(lacking)} of the adapter's layers have none)",
-            where=fqn,
-            fix=f"{did_you_mean(fqn, known)} Or export the base again, with slots for these",
+            f"the base has no slot for {len(lacking)} of the layers that the adapter changes, such "
+            f"as {lacking[0]}",
+            fix=f"{did_you_mean(lacking[0], known)} Or export the base again, with slots for these "
+            f"too: --slots {kinds}",
         )
-        for fqn in lacking[:SHOWN]
     ]
 
 

@@ -19,7 +19,7 @@ from peftc.errors import CaptureError, PeftcError
 from peftc.exporters.onnx_lowering import ONNX_TYPES, Lowering, Rule, dtype_of, shape_of
 from peftc.exporters.onnx_table import TABLE
 
-INPUT = {"linear": 0, "addmm": 1}  # which argument of an operator is x
+INPUT = {"linear": 0, "addmm": 1, "matmul": 0, "mm": 0}  # which argument of an operator is x
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
