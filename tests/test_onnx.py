@@ -46,7 +46,7 @@ class Runner:
 
     def __init__(self, path: Path) -> None:
         self.session = session(path / "model.onnx", threads=1)
-        self.options = onnxruntime.RunOptions()
+        self.options, self.adapters = onnxruntime.RunOptions(), list[Any]()
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.cache = {
             i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_")
@@ -76,6 +76,15 @@ class Runner:
             new = logits[:, -1:].argmax(-1)
             ids, mask = torch.cat([ids, new], 1), torch.ones(len(ids), ids.shape[1] + 1).long()
         return ids
+
+
+def switch(run: Runner, *files: Path) -> None:
+    """Other adapters, or none, from the next run on."""
+    run.options = onnxruntime.RunOptions()
+    run.adapters = [onnxruntime.LoraAdapter() for _ in files]  # the options only refer to them
+    for adapter, file in zip(run.adapters, files, strict=True):
+        adapter.Load(str(file))
+        run.options.add_active_adapter(adapter)
 
 
 def compare(path: Path | Runner, model: Any, batch: int, past: int, bound: float) -> None:

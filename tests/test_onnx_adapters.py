@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 import onnx
-import onnxruntime
 import peft
 import pytest
 import torch
@@ -26,6 +25,7 @@ from peftc.errors import (
     AdapterError,
     ArtifactError,
     CheckpointError,
+    FoldError,
     PassError,
     PeftcError,
     ProofError,
@@ -36,7 +36,7 @@ from peftc.exporters.onnx_slots import slots_of
 
 from .conftest import MakeAdapter, MakeCheckpoint, Run, Tied, auto, with_peft
 from .helpers import copied, edit, refuse
-from .test_onnx import Runner, compare
+from .test_onnx import Runner, compare, switch
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -55,17 +55,6 @@ def fit(base: Path, out: Path, *adapters: Path | tuple[Path, float], **more: Any
     chosen = [(str(path), weight) for path, weight in given_]
     peftc.export(base, out, adapters=chosen, format="onnx-adapter", **more)
     return out / "adapter.onnx_adapter"
-
-
-def switch(run: Runner, *files: Path) -> None:
-    """As a user of onnxruntime does it."""
-    run.options = onnxruntime.RunOptions()
-    run.kept = []  # type: ignore[attr-defined]  # the options only refer to them
-    for file in files:
-        loaded = onnxruntime.LoraAdapter()
-        loaded.Load(str(file))
-        run.options.add_active_adapter(loaded)
-        run.kept.append(loaded)  # type: ignore[attr-defined]
 
 
 def test_adapters_of_other_ranks_swap_on_one_session(
@@ -255,16 +244,16 @@ def test_onnxruntime_genai_switches_between_adapters(
     adapters = og.Adapters(model)
     for name, folder in folders.items():
         adapters.load(str(fit(base, tmp_path / name, folder)), name)
-    for name in ("a", "b", None, "a"):
+    for chosen in ("a", "b", None, "a"):
         options = og.GeneratorParams(model)
         options.set_search_options(max_length=25, min_length=25, do_sample=False)
         generator = og.Generator(model, options)
-        if name:
-            generator.set_active_adapter(adapters, name)
+        if chosen:
+            generator.set_active_adapter(adapters, chosen)
         generator.append_tokens(ids)
         while not generator.is_done():
             generator.generate_next_token()
-        eager = with_peft(plain, folders[name]) if name else auto(plain)
+        eager = with_peft(plain, folders[chosen]) if chosen else auto(plain)
         prompt = {"input_ids": torch.tensor([ids])}
         want = eager.generate(**prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
         assert list(map(int, generator.get_sequence(0))) == want[0].tolist()
@@ -292,8 +281,8 @@ REFUSED: dict[str, tuple[peft.PeftConfig, type[PeftcError], tuple[str, ...]]] = 
                ("virtual tokens",)),
     "head": (peft.LoraConfig(target_modules=WHERE, modules_to_save=["lm_head"]), PassError,
              ("trains 1 of the base's own tensors", "lm_head.weight")),
-    "bias": (peft.LoraConfig(target_modules=WHERE, lora_bias=True), AdapterError,
-             ("changes the bias too",)),
+    "bias": (peft.LoraConfig(target_modules=WHERE, lora_bias=True), FoldError,
+             ("a bias, and the model has no place for one", Q)),
     "embedding": (peft.LoraConfig(target_modules=["embed_tokens"]), AdapterError,
                   ("of kind embedding", "model.embed_tokens")),
 }  # fmt: skip
