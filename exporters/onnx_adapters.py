@@ -7,143 +7,37 @@ at once are the same here: B·A, the scale in B, ranks side by side.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from peftc.artifact import Staging, digest, key_of
 from peftc.constants import Held
-from peftc.deltas import alone, deltas, deviation, unstackable, untold
+from peftc.deltas import deltas, deviation, untold
 from peftc.errors import (
     AdapterError,
     ArtifactError,
     PeftcError,
     ProofError,
-    SelectionError,
     did_you_mean,
-    located,
-    raise_all,
 )
 from peftc.evaluate import value
 from peftc.exporters.onnx_needs import onnxruntime
-from peftc.exporters.onnx_proof import prove
-from peftc.exporters.onnx_slots import Slot, Slots
+from peftc.exporters.onnx_slots import Slot
 from peftc.factors import Delta, product
-from peftc.live import materialize
 from peftc.program import Program
-from peftc.progress import Progress
-from peftc.targets import ALL_LINEAR, LINEARS, Targets
-from peftc.whole import Whole
+from peftc.targets import LINEARS
 
 SUFFIX = ".onnx_adapter"
-FOLDER = "adapters/"  # beside a base, of the adapters that it was exported with
 BOUND = {torch.float32: 1e-5}  # of ΔW, of each site; other dtypes: two spacings, A's and B's
 SHOWN = 5  # how many of many alike errors are spelled out
 Branches = Mapping[str, Delta]  # what an adapter adds, by site
 
 
-@dataclass(frozen=True)
-class Swap:
-    """A program whose adapters stay outside of its graphs.
-
-    Attributes:
-        program: It carries the adapters.
-        base: It carries none.
-        slots: Where the graphs take one.
-        branches: What each adapter adds.
-    """
-
-    program: Program
-    base: Program
-    slots: Slots
-    branches: Mapping[str, Branches]
-
-    @classmethod
-    def of(cls, program: Program, targets: str | Sequence[str] | None) -> Swap:
-        """Takes the adapters off a program.
-
-        Args:
-            program: It carries any number of them, none of which is merged.
-            targets: Which layers have slots, beside those that the adapters change; default: these
-                alone, or all linear layers where there is no adapter.
-
-        Raises:
-            PeftcError: A target has no slot, or an adapter is more than low-rank branches.
-        """
-        raise_all(located(unstackable(program), "--adapters swap"))
-        base, found = alone(program, []), dict[str, Branches]()
-        errors: list[PeftcError] = []
-        for name in program.adapters:
-            branches, wrong = low_rank(alone(program, [name]))
-            found[name], errors = branches, errors + located(wrong, f"adapter {name}")
-        names = {fqn for branches in found.values() for fqn in branches}
-        if targets is not None or not found:
-            chosen, wrong = _chosen(base, targets or ALL_LINEAR)
-            names, errors = {*names, *chosen}, errors + wrong
-        raise_all(errors)
-        return cls(program, base, Slots(fqn for fqn in base.sites if fqn in names), found)
-
-    def write(self, stage: Staging) -> dict[str, Any]:
-        """Writes the adapters' files behind the base's; what the manifest says of both."""
-        base = base_fingerprint({name: one.blake3 for name, one in stage.files.items()})
-        made = self.slots.made
-        written = {
-            name: write(stage, f"{FOLDER}{name}", branches, made, base)
-            for name, branches in self.branches.items()
-        }
-        slots = {fqn: made[fqn].described() for fqn in self.base.sites if fqn in made}
-        return {"base": base, "slots": slots, "adapters": written}
-
-    def prove(
-        self,
-        path: Path,
-        report: Mapping[str, Any],
-        wholes: Sequence[Whole],
-        proved: Mapping[str, Any],
-        progress: Progress,
-    ) -> dict[str, Any]:
-        """Compares each adapter's file with its adapter, and the graphs with it with torch.
-
-        Args:
-            path: The directory.
-            report: What `write` gave.
-            wholes: What the graphs were lowered from.
-            proved: What the comparison of the graphs without adapters gave.
-            progress: Told of each adapter.
-
-        Raises:
-            ProofError: A file or a graph is something else.
-        """
-        figures: dict[str, Any] = {}
-        for name, branches in self.branches.items():
-            files = report["adapters"][name]["files"]
-            figures[name] = {"site": check(path, files, branches, self.slots.made)}
-            if "skipped" not in proved:
-                progress.stage(f"compare {name} with torch")
-                model = materialize(alone(self.program, [name]), dtype=torch.float32)
-                given = {graph: path / file for graph, file in files.items()}
-                seen = prove(path, wholes, model, proved["bound"], given)
-                figures[name] |= {key: seen[key] for key in ("bound", *files)}
-        return figures
-
-
-def _chosen(base: Program, targets: str | Sequence[str]) -> tuple[list[str], list[PeftcError]]:
-    """The layers that are to have slots."""
-    given = targets if isinstance(targets, str) else list(targets)
-    try:
-        chosen, errors = Targets(targets=given).pick(base)
-    except ValidationError as error:
-        what = error.errors()[0]["msg"]
-        return [], [SelectionError(what, where=f"slots {given}", fix="write q_proj,v_proj")]
-    errors += [_no_slot(base, fqn) for fqn in chosen if base.sites[fqn].kind.name not in LINEARS]
-    return chosen, located(errors, "slots")
-
-
-def _no_slot(program: Program, fqn: str) -> PeftcError:
+def no_slot(program: Program, fqn: str) -> PeftcError:
+    """An error for a site of a kind that has no slots."""
     return AdapterError(
         f"is a site of kind {program.sites[fqn].kind.name}, and slots are beside linear layers",
         where=fqn,
@@ -160,7 +54,7 @@ def low_rank(program: Program) -> tuple[Branches, list[PeftcError]]:
     errors = [*refused[:SHOWN]]
     for fqn, delta in found.items():
         if program.sites[fqn].kind.name not in LINEARS:
-            errors.append(_no_slot(program, fqn))
+            errors.append(no_slot(program, fqn))
         elif delta.bias is not None:
             errors.append(
                 AdapterError(
@@ -250,7 +144,7 @@ def write(
         if tensors[graph]:
             name = f"{stem}{SUFFIX}" if len(graphs) == 1 else f"{stem}.{graph}{SUFFIX}"
             files[f"{graph}.onnx"] = name
-            _write(stage, name, tensors[graph], int(base[:8], 16) >> 1)
+            _write(stage, name, tensors[graph], _version(base))
     return {"files": files, "sites": len(branches), "ranks": [min(ranks), max(ranks)]}
 
 
@@ -260,6 +154,11 @@ def _factors(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
     up, down = (value(factor).float() for factor in delta.factors)
     used = up.ne(0).any(0) & down.ne(0).any(1)
     return up[:, used], down[used]
+
+
+def _version(base: str) -> int:
+    """A base's fingerprint as far as a file's model version holds it."""
+    return int(base[:8], 16) >> 1
 
 
 def _write(
@@ -280,15 +179,16 @@ def _write(
     stage.seal(name, digest(path))
 
 
-def read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an `.onnx_adapter` file by the inputs that they go to.
+def read(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """The tensors of an `.onnx_adapter` file by the inputs that they go to, and its model version.
 
     Raises:
         AdapterError: It is none.
     """
     try:
-        found = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        return {name: torch.from_numpy(array.numpy().copy()) for name, array in found.items()}
+        form = onnxruntime.AdapterFormat.read_adapter(str(path))
+        tensors = {n: torch.from_numpy(a.numpy().copy()) for n, a in form.get_parameters().items()}
+        return tensors, int(form.get_model_version())
     except Exception as error:  # onnxruntime's have no class in common
         raise AdapterError(
             f"is no adapter that onnxruntime {onnxruntime.__version__} reads",
@@ -298,17 +198,29 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check(
-    path: Path, files: Mapping[str, str], branches: Branches, slots: Mapping[str, Slot]
+    path: Path,
+    files: Mapping[str, str],
+    branches: Branches,
+    slots: Mapping[str, Slot],
+    base: str,
 ) -> dict[str, Any]:
     """Compares what lies in an adapter's files with what the adapter adds to each weight.
 
+    Args:
+        path: The folder.
+        files: The file of each graph.
+        branches: What the adapter adds.
+        slots: The base's, by site.
+        base: Its fingerprint.
+
     Raises:
-        ProofError: A site differs by more than rounding explains, or a tensor has no slot.
+        ProofError: A site differs by more than rounding explains, a tensor has no slot, or a file
+            is for another base.
         AdapterError: A file is damaged.
     """
     worst: dict[str, Any] = {"relative_error": 0.0, "at": None}
     for graph, name in files.items():
-        found = read(path / name)
+        found, version = read(path / name)
         for fqn, delta in branches.items():
             slot = slots[fqn]
             if graph.removesuffix(".onnx") not in slot.graphs:
@@ -332,4 +244,6 @@ def check(
                 where=str(path / name),
                 fix="export it again",
             )
+        if version != _version(base):
+            raise ProofError("is for another base", where=str(path / name), fix="export it again")
     return {"sites": len(branches), **worst}

@@ -133,8 +133,8 @@ def _proof(
     extent: Extent,
     progress: Progress,
 ) -> dict[str, Any]:
-    files = report["files"]
-    proved = {"site": check(path, files, branches, slots_of(home.manifest["onnx"]["slots"]))}
+    files, said = report["files"], home.manifest["onnx"]
+    proved = {"site": check(path, files, branches, slots_of(said["slots"]), said["base"])}
     if extent != "whole":
         return proved
     progress.stage("compare with torch")

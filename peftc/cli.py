@@ -173,9 +173,9 @@ def export(
     \b
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
       peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
-      peftc export SRC -o OUT --format onnx --adapters swap       adapters given at run time
-      peftc export ONNX -o OUT --adapter DIR --format onnx-adapter    one more for such a base
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
+      peftc export SRC -o ONNX --format onnx --adapters swap          adapters at run time
+      peftc export ONNX -o OUT --format onnx-adapter --adapter DIR    one more for that base
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
     """  # noqa: D301

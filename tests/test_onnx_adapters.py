@@ -84,7 +84,7 @@ def test_names_are_the_same_from_peft_s_file_to_the_session(
     names = {name for slot in slots.values() for name in (slot.down, slot.up)}
     stored = load_file(folder / "adapter_model.safetensors")
     assert {name.removeprefix("base_model.model.") for name in stored} == names
-    assert set(read(fit(base, tmp_path / "out", folder))) == names
+    assert set(read(fit(base, tmp_path / "out", folder))[0]) == names
     session = Runner(base).session  # after constant folding
     assert {value.name for value in session.get_overridable_initializers()} == names
     proto = onnx.load(str(base / "model.onnx"), load_external_data=False)
@@ -133,7 +133,7 @@ def test_several_adapters_become_one_since_onnxruntime_would_take_the_first_alon
     plain = checkpoint("llama")
     a, b = adapter(plain, 1), adapter(plain, 2, r=2, target_modules=["q_proj", "o_proj"])
     both = fit(base, tmp_path / "both", (a, 0.7), (b, -0.4))
-    assert read(both)[f"{Q}.lora_A.weight"].shape == (48, 6)
+    assert read(both)[0][f"{Q}.lora_A.weight"].shape == (48, 6)
     peftc.export(plain, tmp_path / "merged", merge=True, adapters=[(str(a), 0.7), (str(b), -0.4)])
     run = Runner(base)
     switch(run, both)
@@ -363,7 +363,7 @@ def test_base_without_slots_and_wrong_options_are_refused(
 def test_verify_refuses_another_base_and_another_adapter(
     checkpoint: MakeCheckpoint, adapter: MakeAdapter, base: Path, tmp_path: Path
 ) -> None:
-    own, folder = copied(base, tmp_path / "base"), adapter(checkpoint("llama"))
+    own, folder = copied(base, tmp_path / "own"), adapter(checkpoint("llama"))
     file = fit(own, tmp_path / "file", folder)
     assert peftc.verify(tmp_path / "file", "whole")["onnx"]["model.onnx"]["relative_error"] < 1e-4
     manifest = json.loads((own / "peftc.json").read_text())
