@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from peftc.artifact import Staging, digest, key_of
 from peftc.constants import Held
@@ -24,6 +25,7 @@ from peftc.errors import (
     did_you_mean,
 )
 from peftc.evaluate import value
+from peftc.exporters.onnx_lowering import ONNX_TYPES
 from peftc.exporters.onnx_needs import onnxruntime
 from peftc.exporters.onnx_slots import Slot
 from peftc.factors import Delta, product
@@ -167,9 +169,14 @@ def _write(
     form = onnxruntime.AdapterFormat()
     form.set_adapter_version(1)
     form.set_model_version(model_version)
-    kept = {key: tensor.numpy() for key, tensor in tensors.items()}
+    # Values refer to their arrays' memory, and numpy has no bf16.
+    arrays = {
+        key: (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+        for key, x in tensors.items()
+    }
+    make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
     form.set_parameters(
-        {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in kept.items()}
+        {key: make(array, int(ONNX_TYPES[tensors[key].dtype])) for key, array in arrays.items()}
     )
     path = stage.path / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +194,8 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], int]:
     """
     try:
         form = onnxruntime.AdapterFormat.read_adapter(str(path))
-        tensors = {n: torch.from_numpy(a.numpy().copy()) for n, a in form.get_parameters().items()}
+        found = form.get_parameters()
+        tensors = {name: from_dlpack(value).clone() for name, value in found.items()}
         return tensors, int(form.get_model_version())
     except Exception as error:  # onnxruntime's have no class in common
         raise AdapterError(

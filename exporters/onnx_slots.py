@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -127,8 +128,8 @@ class Slots:
 def _input(to: Lowering, name: str, dims: tuple[int | str, ...], dtype: torch.dtype) -> ir.Value:
     """An input that is nothing unless it is given."""
     if name not in to.initializers:
-        nothing = torch.zeros([dim if isinstance(dim, int) else 0 for dim in dims], dtype=dtype)
-        value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ONNX_TYPES[dtype]))
-        value.const_value = ir.Tensor(nothing.numpy(), name=name)
+        kind, shape = ONNX_TYPES[dtype], [dim if isinstance(dim, int) else 0 for dim in dims]
+        value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(kind))
+        value.const_value = ir.Tensor(np.zeros(shape, kind.numpy()), name=name)
         to.initializers[name] = value
     return to.initializers[name]

@@ -72,12 +72,12 @@ def to_onnx_adapter(
         target, key=key, need=size(branches), sources=sources, overwrite=overwrite
     ) as stage:
         progress.stage("write")
-        report = write(stage, NAME, branches, slots, fits)
+        report = {"base": fits, **write(stage, NAME, branches, slots, fits)}
         progress.stage("prove")
         proved = _proof(program, stage.path, report, home, branches, proof, progress)
-        source = {"path": str(home.path.resolve()), "base": fits}
-        more = {"onnx": report, "proof": proved, **(remarks or {})}
-        stage.publish(manifest(program, "onnx-adapter", **{**more, "source": source}))
+        source = {"path": str(home.path.resolve())}
+        more = {"source": source, "onnx": report, "proof": proved, **(remarks or {})}
+        stage.publish(manifest(program, "onnx-adapter", **more))
     return Artifact.open(target)
 
 
@@ -153,14 +153,13 @@ def verify_onnx_adapter(
         CheckpointError: The base is another one.
         ProofError: The adapter's files hold something else.
     """
-    source = artifact.manifest["source"]
-    home = slotted(Path(source["path"]))
-    if home.manifest["onnx"]["base"] != source.get("base"):
+    report, home = artifact.manifest["onnx"], slotted(Path(artifact.manifest["source"]["path"]))
+    if home.manifest["onnx"]["base"] != report["base"]:
         raise CheckpointError(
             f"is no longer the base that {artifact.path} was made for",
-            where=source["path"],
+            where=str(home.path),
             fix="restore it, or export the adapter again",
         )
     progress.stage("compare layers")
-    report, branches = artifact.manifest["onnx"], _branches(program, home)
+    branches = _branches(program, home)
     return _proof(program, artifact.path, report, home, branches, extent, progress)

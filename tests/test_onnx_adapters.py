@@ -376,10 +376,10 @@ def test_verify_refuses_another_base_and_another_adapter(
         peftc.verify(tmp_path / "file")
     rebased()
     other = json.loads((tmp_path / "file/peftc.json").read_text())
-    edit(tmp_path / "file/peftc.json", source={**other["source"], "base": "0" * 64})
+    edit(tmp_path / "file/peftc.json", onnx={**other["onnx"], "base": "0" * 64})
     with pytest.raises(CheckpointError, match="no longer the base"):
         peftc.verify(tmp_path / "file")
-    edit(tmp_path / "file/peftc.json", source=other["source"])
+    edit(tmp_path / "file/peftc.json", onnx=other["onnx"])
     stranger = fit(own, tmp_path / "stranger", adapter(checkpoint("llama"), 4))
     file.write_bytes(stranger.read_bytes())
     with pytest.raises(ProofError, match="not what was published"):
