@@ -144,11 +144,9 @@ def main() -> None:
         for bits in ("", ", int4"):
             print(f"\nSmolLM2{bits or ', fp32'}\n")
             speed(outs[f"base{bits}"], outs[f"base with slots{bits}"], files, rounds)
-        load = clocked(loaded, files[16], 5)
-        other = clocked(session, outs["merged, rank 16"], 3)
-        print(
-            f"\nto another adapter of rank 16: {load:.3f} s; to another merged model: {other:.2f} s"
-        )
+        load = clocked(loaded, files[16], 5) * 1e3
+        other = clocked(session, outs["merged, rank 16"], 3) * 1e3
+        print(f"\nto another adapter of rank 16: {load:.1f} ms; to a merged model: {other:.0f} ms")
 
 
 if __name__ == "__main__":

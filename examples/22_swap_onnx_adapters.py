@@ -20,7 +20,7 @@ fr, de = (tiny_adapter(folder, path, name, seed) for seed, name in enumerate(["f
 # One base, with slots where `fr` needs them; `fr` lies beside it.
 base = peftc.export(path, folder / "onnx", adapters=[(str(fr), 1.0)], format="onnx", swap=True)
 print("slots:", len(base.manifest["onnx"]["slots"]))
-print("with fr:", base.manifest["proof"]["adapters"]["fr"]["model.onnx"]["relative_error"])
+print("with fr:", base.manifest["proof"]["onnx_adapters"]["fr"]["model.onnx"]["relative_error"])
 
 # What was trained later needs the base's directory, and not its weights.
 for name, chosen in {"de-onnx": [(str(de), 1.0)], "both": [(str(fr), 0.7), (str(de), 0.3)]}.items():

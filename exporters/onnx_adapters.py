@@ -24,7 +24,7 @@ from peftc.errors import (
     ProofError,
     did_you_mean,
 )
-from peftc.evaluate import value
+from peftc.evaluate import single_threaded, value
 from peftc.exporters.onnx_lowering import ONNX_TYPES
 from peftc.exporters.onnx_needs import onnxruntime
 from peftc.exporters.onnx_slots import Slot
@@ -132,7 +132,9 @@ def write(
     tensors: dict[str, dict[str, torch.Tensor]] = {graph: {} for graph in graphs}
     ranks = []
     for fqn, delta in branches.items():
-        slot, (up, down) = slots[fqn], _factors(delta)
+        slot = slots[fqn]
+        with single_threaded():  # small tensors, for which threads cost more than they do
+            up, down = _factors(delta)
         ranks.append(down.shape[0])
         for graph in slot.graphs if down.shape[0] else ():
             tensors[graph] |= {

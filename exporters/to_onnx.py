@@ -131,7 +131,9 @@ def to_onnx(
         proved |= _proof(base, stage.path, lowered, proof, progress)
         if swap:
             figures = proved["onnx"]
-            proved["adapters"] = swap.prove(stage.path, swapped, lowered.wholes, figures, progress)
+            proved["onnx_adapters"] = swap.prove(
+                stage.path, swapped, lowered.wholes, figures, progress
+            )
         changed = [path for path, state in states(program).items() if before[path] != state]
         if changed:
             raise CheckpointError(
@@ -265,7 +267,7 @@ def verify_onnx(
     report |= _proof(base, artifact.path, lowered, extent, progress)
     if swap:
         figures = report["onnx"]
-        report["adapters"] = swap.prove(artifact.path, said, lowered.wholes, figures, progress)
+        report["onnx_adapters"] = swap.prove(artifact.path, said, lowered.wholes, figures, progress)
     return report
 
 

@@ -382,7 +382,7 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
         )
     _say_graphs(terminal, proof.get("onnx") or {}, "")
-    for name, figures in (proof.get("adapters") or {}).items():
+    for name, figures in (proof.get("onnx_adapters") or {}).items():
         site = figures["site"]
         terminal.say(
             f"[green]✓[/] {name} in its file: {site['sites']} sites, largest relative error "

@@ -162,13 +162,13 @@ def test_program_s_adapters_lie_beside_their_base_proven(
     }  # fmt: skip
     assert len(said["slots"]) == 8 and len(said["base"]) == 64
     for name in ("fr", "de"):
-        assert proof["adapters"][name]["model.onnx"]["relative_error"] <= 1e-4
-        assert proof["adapters"][name]["site"]["relative_error"] <= 1e-5
+        assert proof["onnx_adapters"][name]["model.onnx"]["relative_error"] <= 1e-4
+        assert proof["onnx_adapters"][name]["site"]["relative_error"] <= 1e-5
     session = Runner(out)
     switch(session, out / "adapters/fr.onnx_adapter")
     compare(session, with_peft(plain, folders["fr"]), 3, 9, 1e-5)
     again = peftc.verify(out)
-    assert again["adapters"] == proof["adapters"] and again["onnx"] == proof["onnx"]
+    assert again["onnx_adapters"] == proof["onnx_adapters"] and again["onnx"] == proof["onnx"]
     assert "transformer.h.0.mlp.c_fc.weight" in load_file(out / "model.safetensors")
 
 
@@ -187,7 +187,7 @@ def test_base_in_few_bits_takes_the_same_adapters(
     nested = Nf4(double_quant=True, block_size=32)
     program = Pipeline([nested, Attach(path=str(folder))]).run(capture(plain))
     figures = peftc.to_onnx(program, tmp_path / "nf4", adapters="swap").manifest["proof"]
-    assert figures["adapters"]["default"]["model.onnx"]["relative_error"] < 1e-5
+    assert figures["onnx_adapters"]["default"]["model.onnx"]["relative_error"] < 1e-5
     proto = onnx.load(str(tmp_path / "nf4/model.onnx"), load_external_data=False)
     assert [node.op_type for node in proto.graph.node].count("MatMulBnb4") == 14
 
@@ -230,7 +230,9 @@ def test_encoder_and_decoder_have_a_file_each(adapter: MakeAdapter, tmp_path: Pa
     assert {g for s in manifest["onnx"]["slots"].values() for g in s["graphs"]} == graphs
     assert {f"adapters/default.{g}.onnx_adapter" for g in graphs} <= set(manifest["files"])
     for graph in graphs:
-        assert manifest["proof"]["adapters"]["default"][f"{graph}.onnx"]["relative_error"] < 1e-4
+        assert (
+            manifest["proof"]["onnx_adapters"]["default"][f"{graph}.onnx"]["relative_error"] < 1e-4
+        )
 
 
 def test_onnxruntime_genai_switches_between_adapters(
