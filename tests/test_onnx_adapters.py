@@ -31,7 +31,7 @@ from peftc.errors import (
     ProofError,
     SelectionError,
 )  # fmt: skip
-from peftc.exporters.onnx_adapters import read
+from peftc.exporters.onnx_adapters import check, low_rank, read
 from peftc.exporters.onnx_slots import slots_of
 
 from .conftest import MakeAdapter, MakeCheckpoint, Run, Tied, auto, with_peft
@@ -390,3 +390,18 @@ def test_verify_refuses_another_base_and_another_adapter(
     edit(tmp_path / "file/peftc.json", files=sealed)  # the hashes hold, and the numbers do not
     with pytest.raises(ProofError, match=r"what adapter.onnx_adapter adds differs"):
         peftc.verify(tmp_path / "file")
+
+
+def test_file_that_is_none_or_for_another_base_is_told(
+    base: Path, checkpoint: MakeCheckpoint, adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    folder = adapter(checkpoint("llama"))
+    file = fit(base, tmp_path / "out", folder)
+    slots = slots_of(json.loads((base / "peftc.json").read_text())["onnx"]["slots"])
+    branches, files = low_rank(peftc.load(folder))[0], {"model.onnx": file.name}
+    with pytest.raises(ProofError, match="is for another base"):
+        check(file.parent, files, branches, slots, "f" * 64)
+    for content in (b"", b"junk", file.read_bytes()[:1000]):
+        (tmp_path / file.name).write_bytes(content)
+        with pytest.raises(AdapterError, match="is no adapter that onnxruntime"):
+            check(tmp_path, files, branches, slots, "f" * 64)
