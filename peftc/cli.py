@@ -118,7 +118,7 @@ def _apply(
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
     "--format", "form",
-    type=click.Choice(["safetensors", "onnx", "peft", "adapterhub", "cache"]),
+    type=click.Choice(["safetensors", "onnx", "onnx-adapter", "peft", "adapterhub", "cache"]),
     default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
@@ -134,6 +134,15 @@ def _apply(
     "--weights",
     type=click.Choice(["stored", "fp32", "int8", "int4"]),
     help="With --format onnx: refer to the merged checkpoint's (stored), or write their own.",
+)
+@click.option(
+    "--adapters", "swapped", type=click.Choice(["swap"]),
+    help="With --format onnx: given at run time, as files beside the graphs.",
+)  # fmt: skip
+@click.option(
+    "--slots",
+    metavar="TARGETS",
+    help="Which layers take one (q_proj,v_proj or all-linear); default: those of the adapters.",
 )
 @click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
@@ -158,6 +167,8 @@ def export(
     canonical: bool,
     rank: int | None,
     weights: Any,
+    swapped: str | None,
+    slots: str | None,
     proof: Any,
     workers: int | None,
     shards: str | None,
@@ -170,6 +181,8 @@ def export(
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
       peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
+      peftc export SRC -o ONNX --format onnx --adapters swap          adapters at run time
+      peftc export ONNX -o OUT --format onnx-adapter --adapter DIR    one more for that base
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
     """  # noqa: D301
@@ -183,6 +196,10 @@ def export(
         raise click.UsageError("--weights is that of ONNX graphs: add --format onnx.")
     if shards is not None and form != "safetensors":
         raise click.UsageError("--shards is for --format safetensors.")
+    if swapped is not None and form != "onnx":
+        raise click.UsageError("--adapters swap is that of ONNX graphs: add --format onnx.")
+    if slots is not None and swapped is None:
+        raise click.UsageError("--slots are for adapters at run time: add --adapters swap.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     job = {
         "merge": merge, "adapters": chosen, "merge_base": merge_base, "then": then,
@@ -203,7 +220,8 @@ def export(
         with terminal.progress() as progress:
             artifact = run(
                 src, target, format=form, canonical=canonical, rank=rank,
-                weights=weights or "stored", progress=progress, head=head, **job,
+                weights=weights or "stored", swap=swapped is not None, slots=slots,
+                progress=progress, head=head, **job,
             )  # fmt: skip
     say_merge(terminal, artifact.manifest.get("merge"))
     say_proof(terminal, artifact.manifest.get("proof", {}))

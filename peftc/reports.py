@@ -29,7 +29,18 @@ def say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"[green]✓[/] every code is within a step of its weight: relative error "
             f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
         )
-    figures = proof.get("onnx") or {}
+    _say_graphs(terminal, proof.get("onnx") or {}, "")
+    for name, figures in (proof.get("onnx_adapters") or {}).items():
+        site = figures["site"]
+        terminal.say(
+            f"[green]✓[/] {name} in its file: {site['sites']} sites, largest relative error "
+            f"{site['relative_error']:.1e} (bound {site['bound']:.0e})"
+        )
+        _say_graphs(terminal, figures, f" with {name}")
+
+
+def _say_graphs(terminal: Terminal, figures: Mapping[str, Any], adapted: str) -> None:
+    """How graphs compare with torch, with an adapter or none."""
     if "skipped" in figures:
         terminal.say(f"[dim]…[/] graphs not compared with torch: {figures['skipped']}")
     for name, seen in figures.items():
@@ -38,12 +49,12 @@ def say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
         error = f"largest relative error {seen['relative_error']:.1e}"
         if figures["bound"] is None:
             terminal.say(
-                f"[yellow]![/] {name} is an approximation: {error}, top-1 agreement "
+                f"[yellow]![/] {name}{adapted} is an approximation: {error}, top-1 agreement "
                 f"{seen['top1_agreement']:.0%}, KL {seen['kl']:.1e} ({seen['at']})"
             )
         else:
             terminal.say(
-                f"[green]✓[/] {name} in onnxruntime equals eager torch: {error} "
+                f"[green]✓[/] {name}{adapted} in onnxruntime equals eager torch: {error} "
                 f"(bound {figures['bound']:.0e}) in {seen['at']}"
             )
 
