@@ -17,7 +17,7 @@ FOLDERS = ("peftc", "passes", "kernels", "exporters")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist of the committed and other tracked files, and the wheel made of it."""
+    """A folder with the sdist of the sources as they are, and the wheel made of it."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
