@@ -23,11 +23,16 @@ SEARCH = {
 }  # fmt: skip
 
 
-def genai_config(program: Program, wholes: list[Whole]) -> bytes | None:
+def genai_config(program: Program, wholes: list[Whole], before: int = 0) -> bytes | None:
     """The file's content, or None for a model that onnxruntime-genai does not run so.
 
     It runs decoders whose layers all have the same heads, that number positions by an input, and
     that end their texts by a token.
+
+    Args:
+        program: What is written.
+        wholes: Its graphs.
+        before: How many virtual tokens the graph has, which take positions too.
     """
     whole = wholes[0]
     names = {port.name for port in whole.inputs}
@@ -47,7 +52,7 @@ def genai_config(program: Program, wholes: list[Whole]) -> bytes | None:
     if not ends:
         return None
     heads, size = next(iter(caches))[1], next(iter(caches))[3]
-    length = program.context or 2048
+    length = (program.context or 2048) - before
     queries = config.get("num_attention_heads") or config.get("n_head") or heads
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

@@ -20,6 +20,7 @@ from peftc.exporters.onnx_needs import onnx, onnx_ir
 from peftc.exporters.onnx_proof import BOUND, prove
 from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
 from peftc.exporters.onnx_table import TABLE
+from peftc.exporters.onnx_virtual import Virtual, settled
 from peftc.exporters.onnx_weights import StoredWeights
 from peftc.exporters.to_safetensors import folders, manifest, states, write_model
 from peftc.link import link, plan
@@ -64,7 +65,8 @@ def to_onnx(
     session is made.
 
     Args:
-        program: What to write; its adapters must be merged.
+        program: What to write; its adapters must be merged. A prompt or a prefix stays: the graph
+            starts from its keys and values.
         target: A directory that does not exist.
         weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
             own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of
@@ -83,16 +85,11 @@ def to_onnx(
         ProofError: onnxruntime computes something else.
         MissingDependency: onnx, onnx-ir or onnxruntime is not installed.
     """
-    if program.adapters:
-        raise ArtifactError(
-            f"the program still carries the adapter {', '.join(program.adapters)}",
-            where=str(target),
-            fix="merge it (--merge), or write it with --format peft",
-        )
     target = Path(target)
     before = states(program)
     progress.stage("capture")
-    lowered = lower(program, weights)
+    plain, virtual = settled(program, target)
+    lowered = lower(plain, weights)
     own = lowered.weights.own_shards()
     shards = plan(program) if weights == "stored" else []
     need = sum(shard.size for shard in (*shards, *own))
@@ -105,7 +102,8 @@ def to_onnx(
         link(program, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
-        if (config := genai_config(program, lowered.wholes)) is not None:
+        tokens = virtual.cache.tokens if virtual else 0
+        if (config := genai_config(program, lowered.wholes, tokens)) is not None:
             stage.add(FILE, config)
         progress.stage("check")
         check(stage)
@@ -113,7 +111,7 @@ def to_onnx(
         proved: dict[str, Any] = {}
         if weights == "stored":
             proved["site"] = site_proof(program, measured)
-        proved |= _proof(program, stage.path, lowered, proof, progress)
+        proved |= _proof(program, virtual, stage.path, lowered, proof, progress)
         changed = [path for path, state in states(program).items() if before[path] != state]
         if changed:
             raise CheckpointError(
@@ -125,14 +123,20 @@ def to_onnx(
             **lowered.weights.report,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
-        more = {"proof": proved, "onnx": report, **(remarks or {})}
+        cached = {"constant_cache": virtual.report} if virtual else {}
+        more = {"proof": proved, "onnx": report, **cached, **(remarks or {})}
         tools = {**versions(), **tool_versions()}
         stage.publish(manifest(program, "onnx", **{"versions": tools, **more}))
     return Artifact.open(target)
 
 
 def _proof(
-    program: Program, path: Path, lowered: Lowered, extent: Extent, progress: Progress
+    program: Program,
+    virtual: Virtual | None,
+    path: Path,
+    lowered: Lowered,
+    extent: Extent,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What a directory's graphs are compared with: its checkpoint, or the program itself.
 
@@ -148,6 +152,8 @@ def _proof(
     progress.stage("compare with torch")
     if isinstance(own, OwnWeights):
         model = materialize(unfold(program), dtype=torch.float32)
+    elif virtual:
+        model = virtual.tuned(path)
     else:
         model = loaded(Checkpoint.open(path))
     bound = None if quantized else BOUND
@@ -238,7 +244,8 @@ def verify_onnx(
         progress.stage("compare layers")
         written = Checkpoint.open(artifact.path)
         report["site"] = site_proof(program, watch_file(program, written))
-    return report | _proof(program, artifact.path, lower(program, kind), extent, progress)
+    plain, virtual = settled(program, artifact.path)
+    return report | _proof(program, virtual, artifact.path, lower(plain, kind), extent, progress)
 
 
 def tool_versions() -> dict[str, str]:

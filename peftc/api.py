@@ -257,7 +257,8 @@ def export(
     Args:
         source: See `load`.
         target: A directory that does not exist.
-        merge: Merge every adapter into the weights; with `cache`, all but the prompt or prefix.
+        merge: Merge every adapter into the weights; with `cache` and `onnx`, all but the prompt or
+            prefix.
         adapters: Further PEFT adapters to attach, each with its weight.
         merge_base: What to merge into where the base is in 4 bits; see `peftc.merging.merge`.
         then: What to make of it then: 4 bits again, or 16.
@@ -297,7 +298,13 @@ def export(
                 "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
             )
         program, report = merge_adapters(
-            program, merge_base, then, original, force, format == "cache", progress=progress
+            program,
+            merge_base,
+            then,
+            original,
+            force,
+            format in ("cache", "onnx"),
+            progress=progress,
         )
     elif merge_base or then or original:
         raise ArtifactError(
