@@ -86,7 +86,7 @@ def settled(program: Program, target: Path) -> tuple[Program, Virtual | None]:
     if reason is None:
         cache = computed(live)
         if attention is None or len(attention.modules) != len(cache.layers):
-            reason = "not every layer has keys and values of its own"
+            reason = "peftc does not find where each of the layers attends, which is where keys go"
     if reason is not None:
         raise ArtifactError(reason, where=str(target), fix="write it with --format peft")
     assert attention is not None

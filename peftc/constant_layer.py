@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, DynamicLayer
 
 
-class ConstantLayer(DynamicLayer):
+class ConstantLayer(DynamicLayer):  # type: ignore[misc]
     """A layer that attention sees behind constant keys and values, which it does not keep.
 
     Args:
@@ -33,7 +33,7 @@ class ConstantLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """How many tokens are before the next, the constant ones too."""
-        return int(self.constant[0].shape[2]) + super().get_seq_length()
+        return self.constant[0].shape[2] + int(super().get_seq_length())
 
 
 def constant_cache(
