@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from peftc.errors import PeftcError, RunError
+from peftc.artifact import MANIFEST, Artifact
+from peftc.errors import PeftcError, RunError, raise_all
 from peftc.extras import lacking
 from peftc.running import Array, Sampling
 
 GRAPH, CONFIG = "model.onnx", "genai_config.json"
-ADAPTER = ".onnx_adapter"
+ALONE = "adapter.onnx_adapter"  # the file of an adapter that was exported by itself
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -141,23 +142,44 @@ class PlainRuntime:
 
 
 def adapter_file(path: Path, adapter: str | None) -> Path | None:
-    """The file of an adapter: named by its path, or by its name beside the graph.
+    """The file of an adapter: of a name that the base has, of a directory, or the file itself.
+
+    Args:
+        path: The base, whose files are what was published.
+        adapter: What was asked for.
 
     Raises:
-        RunError: There is none.
+        RunError: There is none, or it was made for another base.
+        ArtifactError: It is not what was published.
     """
     if adapter is None:
         return None
-    places = (Path(adapter), path / f"{adapter}{ADAPTER}", Path(adapter) / f"adapter{ADAPTER}")
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        there = sorted(file.name.removesuffix(ADAPTER) for file in path.glob(f"*{ADAPTER}"))
+    said: Mapping[str, Any] = Artifact.open(path).manifest.get("onnx") or {}
+    own: dict[str, Path] = {
+        name: path / one["files"][GRAPH] for name, one in (said.get("adapters") or {}).items()
+    }
+    if adapter in own:
+        return own[adapter]
+    given = Path(adapter)
+    folder = given if given.is_dir() else given.parent
+    file = folder / ALONE if given.is_dir() else given
+    if not file.is_file():
+        names = f" or one of {', '.join(own)}" if own else ""
         raise RunError(
-            f"there is no adapter {adapter}",
-            where=str(path),
-            fix=f"name one that is there: {', '.join(there)}" if there else "name its file",
+            "there is no such adapter",
+            where=f"--adapter {adapter}",
+            fix=f"name what peftc export --format onnx-adapter wrote{names}",
         )
-    return found
+    if (folder / MANIFEST).is_file():
+        artifact = Artifact.open(folder)
+        raise_all(artifact.damage())
+        if (artifact.manifest.get("onnx") or {}).get("base") != said.get("base"):
+            raise RunError(
+                f"was made for another base than {path}",
+                where=f"--adapter {adapter}",
+                fix="export it for this one: --format onnx-adapter",
+            )
+    return file
 
 
 def _failed(engine: str, path: Path, error: Exception) -> RunError:
