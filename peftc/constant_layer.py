@@ -33,7 +33,8 @@ class ConstantLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         """How many tokens are before the next, the constant ones too."""
-        return self.constant[0].shape[2] + int(super().get_seq_length())
+        own: int = super().get_seq_length()  # in a capture a symbol, which int() would fix
+        return self.constant[0].shape[2] + own
 
 
 def constant_cache(
