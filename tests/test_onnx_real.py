@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import peftc
-from peftc import Nf4, Pass, Pipeline, PrefixTuning, Program, PromptTuning, capture, materialize
+from peftc import Nf4, Pass, Pipeline, Program, PromptTuning, capture, materialize
 from peftc.demo_model import demo_checkpoint
 from peftc.evaluate import Evaluation
 
@@ -26,7 +26,6 @@ TOKENS = {"nf4": 16}  # which onnxruntime multiplies slowly on a CPU; of others 
 PASSES: dict[str, Pass | None] = {
     "base": None,
     "prompt": PromptTuning(virtual_tokens=12, init="vocabulary"),
-    "prefix": PrefixTuning(virtual_tokens=12),
     "nf4": Nf4(),
 }
 
