@@ -12,12 +12,13 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 import peftc
 from peftc import Nf4, Pass, Pipeline, Program, PromptTuning, capture, materialize
 from peftc.demo_model import demo_checkpoint
 from peftc.evaluate import Evaluation
+from peftc.exporters.onnx_proof import session
 
 from .test_onnx import Runner, generated
 
@@ -90,3 +91,27 @@ def largest_error(run: Runner, model: Any, batch: int, past: int) -> float:
         _, cache = run(ids[:, :past], mask[:, :past], cache)
     got, _ = run(ids[:, past:], mask, cache)
     return float((got - want)[mask[:, past:].bool()].abs().max())
+
+
+def test_int4_is_the_same_in_both_runtimes(tmp_path: Path) -> None:
+    program = capture(demo_checkpoint("bfloat16"))
+    path = peftc.to_onnx(program, tmp_path / "out", weights="int4", proof="sites").path
+    ids = AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt")["input_ids"]
+    want = Runner(path).greedy(ids, 64)
+    assert generated(path, ids[0].tolist(), 64) == want[0].tolist()
+
+
+def test_minilm_embeds_as_torch_does(tmp_path: Path) -> None:
+    from .onnx_families import minilm
+
+    artifact = peftc.export(minilm(), tmp_path / "out", format="onnx", proof="whole")
+    assert artifact.manifest["proof"]["onnx"]["model.onnx"]["relative_error"] <= 1e-5
+    texts = ["A short one.", "And one with several more words in it, so that the other is padded."]
+    given = AutoTokenizer.from_pretrained(minilm())(texts, padding=True, return_tensors="pt")
+    model = AutoModel.from_pretrained(minilm(), dtype=torch.float64).eval()
+    with torch.no_grad():
+        want = model(**given).last_hidden_state
+    graph = session(artifact.path / "model.onnx")
+    (got,) = graph.run(["last_hidden_state"], {name: x.numpy() for name, x in given.items()})
+    real = given["attention_mask"].bool()
+    assert (torch.from_numpy(got) - want)[real].abs().max() <= 1e-4
