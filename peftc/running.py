@@ -89,7 +89,8 @@ class Runner(Protocol):
         """Goes on with texts of the same length: step by step the next token of each."""
 
 
-# What runs an artifact of each kind, the first that can; what is no artifact is a source of `load`.
+# What runs an artifact of each kind, the first that can; what is no artifact is a source of `load`,
+# as what `apply` wrote is. Another engine is a row in each of the two.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("genai", "onnxruntime"),
     "model": ("transformers",),
@@ -135,6 +136,12 @@ def engine_for(source: str | Path, engine: str | None, verify: bool) -> type[Run
         artifact = Artifact.open(path)
         raise_all(artifact.damage(weights=verify))
         kind = artifact.manifest["kind"]
+    if kind is not None and kind not in KINDS:
+        raise RunError(
+            f"is of kind {kind}, which is no model by itself",
+            where=str(path),
+            fix=f"run the model that it belongs to: peftc run MODEL --adapter {path}",
+        )
     reasons: list[PeftcError] = []
     for name in (engine,) if engine else KINDS[kind or "apply"]:
         module, _, cls = ENGINES[name].partition(":")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -235,6 +236,19 @@ def test_weights_are_compared_by_size_and_with_verify_by_hash(
     weights.write_bytes(content + b"\x00")
     with pytest.raises(ArtifactError, match="not what was published"):
         open_runner(bad)
+
+
+def test_kind_that_is_no_model_is_refused(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftc.running.KINDS", {})
+    refuse(tmp_path, RunError, lambda _: open_runner(exported), "of kind onnx", "--adapter")
+
+
+def test_command_offers_every_engine() -> None:
+    (option,) = (p for p in cli.commands["run"].params if p.name == "engine")
+    assert isinstance(option.type, click.Choice)
+    assert list(option.type.choices) == list(ENGINES)
 
 
 @pytest.mark.parametrize(("engine", "words"), [
