@@ -104,6 +104,12 @@ class PlainRuntime:
                 where=str(path / GRAPH),
                 fix="call its session with your own input",
             )
+        if unknown := {given.type for given in self.cache.values()} - TYPES.keys():
+            raise RunError(
+                f"keeps its cache as {', '.join(unknown)}, which NumPy does not have",
+                where=str(path / GRAPH),
+                fix="run it by onnxruntime-genai: --engine genai",
+            )
 
     @classmethod
     def unfit(cls, path: Path) -> PeftcError | None:

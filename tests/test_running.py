@@ -290,6 +290,14 @@ def test_model_that_generates_nothing_is_refused(tmp_path: Path) -> None:
             open_runner(tmp_path / path)
 
 
+def test_cache_of_a_type_that_numpy_lacks_is_refused(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftc.running_onnx.TYPES", {"tensor(float16)": np.float16})
+    job = lambda _: open_runner(exported, engine="onnxruntime")  # noqa: E731
+    refuse(tmp_path, RunError, job, "tensor(float)", "--engine genai")
+
+
 def test_prompt_that_is_empty_or_too_long_is_refused(exported: Path) -> None:
     runner, text = open_runner(exported), Text(exported)
     for ids, words in (([], "is empty"), ([5] * 128, "takes 128")):
