@@ -29,7 +29,11 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def prove(
-    path: Path, wholes: Sequence[Whole], model: nn.Module, bound: float | None = BOUND
+    path: Path,
+    wholes: Sequence[Whole],
+    model: nn.Module,
+    bound: float | None = BOUND,
+    adapters: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Compares the graphs of a directory with a model in eager torch.
 
@@ -39,6 +43,7 @@ def prove(
         model: What they must equal, in fp32.
         bound: On the largest difference over the largest value; None for graphs whose weights are
             quantized, of which the difference is only measured.
+        adapters: The file of the adapter that is in each graph's slots, by the graph's file.
 
     Raises:
         ProofError: They differ by more than the bound, or onnxruntime fails.
@@ -46,9 +51,11 @@ def prove(
     figures = {}
     for call in calls(model):
         whole = next(whole for whole in wholes if whole.name == call.name)
-        figures[f"{whole.name}.onnx"] = _compare(
-            path / f"{whole.name}.onnx", whole, call, model, bound
-        )
+        file = path / f"{whole.name}.onnx"
+        graph = session(file)
+        if adapter := (adapters or {}).get(file.name):
+            graph = Adapted(graph, adapter)
+        figures[file.name] = _compare(graph, file.name, whole, call, model, bound)
         gc.collect()
     return {"bound": bound, "input": "random, seed 0", "shapes": SHAPES, **figures}
 
@@ -68,10 +75,28 @@ def session(path: Path, threads: int = 0) -> Any:
         ) from error
 
 
+class Adapted:
+    """A session with an adapter in its slots at every run.
+
+    Args:
+        graph: The session.
+        file: An `.onnx_adapter` file.
+    """
+
+    def __init__(self, graph: Any, file: Path) -> None:
+        self.graph, self.options = graph, onnxruntime.RunOptions()
+        self.adapter = onnxruntime.LoraAdapter()  # which the options refer to
+        self.adapter.Load(str(file))
+        self.options.add_active_adapter(self.adapter)
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Any]) -> Any:
+        """As the session's own."""
+        return self.graph.run(outputs, given, self.options)
+
+
 def _compare(
-    path: Path, whole: Whole, call: Call, model: nn.Module, bound: float | None
+    graph: Any, file: str, whole: Whole, call: Call, model: nn.Module, bound: float | None
 ) -> dict[str, Any]:
-    graph = session(path)
     generator = torch.Generator().manual_seed(0)
     worst: dict[str, Any] = {"relative_error": -1.0}
     for batch, past, now in SHAPES:
@@ -86,7 +111,7 @@ def _compare(
             raise ProofError(
                 f"onnxruntime fails at {batch} texts, {past} tokens before and {now} now: "
                 f"{_line(error)}",
-                where=path.name,
+                where=file,
                 fix="nothing was published; this is a bug of peftc, please report it",
             ) from error
         if bound is None:  # of an approximation, what it answers
@@ -99,7 +124,7 @@ def _compare(
                     f"{name} differs from eager torch's by {figures['relative_error']:.2e} of its "
                     f"largest value (bound {bound}) at {batch} texts, {past} tokens before and "
                     f"{now} now",
-                    where=path.name,
+                    where=file,
                     fix="nothing was published; this is a bug of peftc, please report it",
                 )
             if figures["relative_error"] >= worst["relative_error"]:

@@ -77,7 +77,8 @@ def settled(program: Program, target: Path) -> tuple[Program, Virtual | None]:
         raise ArtifactError(
             f"the program still carries the adapter {', '.join(others)}",
             where=str(target),
-            fix="merge it (--merge), or write it with --format peft",
+            fix="merge it (--merge), leave it to be given at run time (--adapters swap), or write "
+            "it with --format peft",
         )
     if not names:
         return program, None

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.exporters.onnx_adapters import size
 from peftc.exporters.onnx_fusing import fuse
 from peftc.exporters.onnx_genai import FILE, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
 from peftc.exporters.onnx_proof import BOUND, prove
 from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
+from peftc.exporters.onnx_slots import Slots
+from peftc.exporters.onnx_swap import Swap
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_virtual import Virtual, settled
 from peftc.exporters.onnx_weights import StoredWeights
@@ -52,6 +55,8 @@ def to_onnx(
     target: str | Path,
     *,
     weights: Weights = "stored",
+    adapters: Literal["swap"] | None = None,
+    slots: str | Sequence[str] | None = None,
     overwrite: bool = False,
     proof: Extent = "auto",
     workers: int | None = None,
@@ -65,12 +70,16 @@ def to_onnx(
     session is made.
 
     Args:
-        program: What to write; its adapters must be merged. A prompt or a prefix stays: the graph
-            starts from its keys and values.
+        program: What to write; its adapters must be merged, or are to be swapped. A prompt or a prefix
+            stays: the graph starts from its keys and values.
         target: A directory that does not exist.
         weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
             own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of
             their own for each 32 weights of a row, an output head always in 8 bits.
+        adapters: `swap` leaves slots for low-rank adapters in the graphs, which are given at run
+            time, and writes each of the program's adapters as a file for them.
+        slots: Which layers have one, as a pass's targets say it, beside those that the adapters
+            change; default: just these, or all linear layers where there is no adapter.
         overwrite: Replace an artifact that peftc wrote there.
         proof: `sites` compares each rewritten site; `whole` also what onnxruntime computes with
             what eager torch does, in fp32, for which the model is loaded twice; `auto` does that up
@@ -82,36 +91,46 @@ def to_onnx(
     Raises:
         CaptureError: The model cannot be captured, or an operator has no ONNX; it names the module.
         ArtifactError: The target cannot be written, or the program still carries adapters.
+        PeftcError: An adapter that is to be swapped is more than low-rank branches.
         ProofError: onnxruntime computes something else.
         MissingDependency: onnx, onnx-ir or onnxruntime is not installed.
     """
     target = Path(target)
+    swap = None if adapters is None else Swap.of(program, slots)
     before = states(program)
     progress.stage("capture")
-    plain, virtual = settled(program, target)
-    lowered = lower(plain, weights)
+    base, virtual = (swap.base, None) if swap else settled(program, target)
+    lowered = lower(base, weights, swap.slots if swap else None)
     own = lowered.weights.own_shards()
-    shards = plan(program) if weights == "stored" else []
+    shards = plan(base) if weights == "stored" else []
     need = sum(shard.size for shard in (*shards, *own))
-    key = key_of(program.fingerprint, before, versions(), tool_versions(), proof, weights)
+    need += sum(map(size, swap.branches.values())) if swap else 0
+    asked = proof, weights, adapters, slots
+    key = key_of(program.fingerprint, before, versions(), tool_versions(), asked)
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
         progress.stage("link", need)
-        measured = write_model(program, stage, shards=shards, workers=workers, progress=progress)
-        link(program, stage, shards=own, workers=workers, progress=progress)
+        measured = write_model(base, stage, shards=shards, workers=workers, progress=progress)
+        link(base, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
         tokens = virtual.cache.tokens if virtual else 0
-        if (config := genai_config(program, lowered.wholes, tokens)) is not None:
+        if (config := genai_config(base, lowered.wholes, tokens)) is not None:
             stage.add(FILE, config)
+        swapped = swap.write(stage) if swap else {}
         progress.stage("check")
         check(stage)
         progress.stage("prove")
         proved: dict[str, Any] = {}
         if weights == "stored":
-            proved["site"] = site_proof(program, measured)
-        proved |= _proof(program, virtual, stage.path, lowered, proof, progress)
+            proved["site"] = site_proof(base, measured)
+        proved |= _proof(base, virtual, stage.path, lowered, proof, progress)
+        if swap:
+            figures = proved["onnx"]
+            proved["onnx_adapters"] = swap.prove(
+                stage.path, swapped, lowered.wholes, figures, progress
+            )
         changed = [path for path, state in states(program).items() if before[path] != state]
         if changed:
             raise CheckpointError(
@@ -121,6 +140,7 @@ def to_onnx(
         report = {
             "opset": OPSET,
             **lowered.weights.report,
+            **swapped,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
         cached = {"constant_cache": virtual.report} if virtual else {}
@@ -151,7 +171,8 @@ def _proof(
         return {**proved, "onnx": {"skipped": "two whole models in fp32; --proof whole does it"}}
     progress.stage("compare with torch")
     if isinstance(own, OwnWeights):
-        model = materialize(unfold(program), dtype=torch.float32)
+        tuned = virtual.program if virtual else program
+        model = materialize(unfold(tuned), dtype=torch.float32)
     elif virtual:
         model = virtual.tuned(path)
     else:
@@ -160,18 +181,20 @@ def _proof(
     return {**proved, "onnx": prove(path, lowered.wholes, model, bound)}
 
 
-def lower(program: Program, kind: Weights = "stored") -> Lowered:
+def lower(program: Program, kind: Weights = "stored", slots: Slots | None = None) -> Lowered:
     """A program's graphs as ONNX; no weight is read.
 
     Raises:
-        CaptureError: The model cannot be captured, or an operator has no ONNX.
+        CaptureError: The model cannot be captured, an operator has no ONNX, or a layer no slot.
     """
     wholes = capture_whole(program, torch.float32)
-    weights = weights_of(program, kind)
+    weights, table = weights_of(program, kind), slots.table if slots else TABLE
     models = {}
     for whole in wholes:
         fuse(whole.graph)
-        models[f"{whole.name}.onnx"] = Lowering(whole, weights, TABLE).model()
+        model = Lowering(whole, weights, table).model()
+        models[f"{whole.name}.onnx"] = slots.open(model) if slots else model
+    raise_all(slots.lacking() if slots else [])
     weights.bind()
     return Lowered(wholes, models, weights)
 
@@ -238,14 +261,20 @@ def verify_onnx(
         ProofError: onnxruntime computes something else.
     """
     raise_all(external_data(artifact.path)[:5])
-    kind = artifact.manifest["onnx"]["weights"]
-    report: dict[str, Any] = {}
+    said = artifact.manifest["onnx"]
+    kind, report = said["weights"], dict[str, Any]()
+    swap = Swap.of(program, list(said["slots"])) if "slots" in said else None
+    base, virtual = (swap.base, None) if swap else settled(program, artifact.path)
     if kind == "stored":
         progress.stage("compare layers")
         written = Checkpoint.open(artifact.path)
-        report["site"] = site_proof(program, watch_file(program, written))
-    plain, virtual = settled(program, artifact.path)
-    return report | _proof(program, virtual, artifact.path, lower(plain, kind), extent, progress)
+        report["site"] = site_proof(base, watch_file(base, written))
+    lowered = lower(base, kind, swap.slots if swap else None)
+    report |= _proof(base, virtual, artifact.path, lowered, extent, progress)
+    if swap:
+        figures = report["onnx"]
+        report["onnx_adapters"] = swap.prove(artifact.path, said, lowered.wholes, figures, progress)
+    return report
 
 
 def tool_versions() -> dict[str, str]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftc.artifact import MANIFEST, Artifact, key_of, staging
-from peftc.capturing import capture
+from peftc.capturing import capture, capture_config
 from peftc.checkpoint import Checkpoint, read_json, resolve
-from peftc.contract import Pass
+from peftc.contract import Pass, safe_name
+from peftc.deltas import alone
 from peftc.early import HeadStart
-from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
+from peftc.errors import ArtifactError, CheckpointError, ProofError, located, raise_all
 from peftc.exporters.to_adapterhub import to_adapterhub
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
@@ -28,7 +29,7 @@ from peftc.merging import MergeBase, Then
 from peftc.merging import merge as merge_adapters
 from peftc.passes.attach import Attach
 from peftc.pipeline import Pipeline
-from peftc.program import Program
+from peftc.program import Entry, Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watch_file, whole_proof
 from peftc.recipe import build
@@ -186,6 +187,14 @@ def verify(
             written = Checkpoint.open(artifact.path / "base")
             report["site"] = site_proof(built, watch_file(built, written))
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
+    if artifact.manifest["kind"] == "onnx-adapter":
+        from peftc.exporters.to_onnx_adapter import slotted, verify_onnx_adapter
+
+        home = slotted(Path(artifact.manifest["source"]["path"]))
+        steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
+        program = _onto(home, build(steps, str(artifact.path / MANIFEST)), extent)
+        _unmoved(artifact, program)
+        return report | verify_onnx_adapter(artifact, program, extent, progress)
     if not (artifact.path / "config.json").is_file():  # no weights
         return report
     progress.stage("rebuild")
@@ -223,12 +232,40 @@ def rebuild(artifact: Artifact) -> Program:
         )
     steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
     built = Pipeline(build(steps, str(artifact.path / MANIFEST))).run(replace(program, journal=()))
+    _unmoved(artifact, built)
+    return built
+
+
+def _unmoved(artifact: Artifact, built: Program) -> None:
+    """Checks that the adapters that an artifact was made from are what they were."""
     now = inputs(built)
     if moved := sorted(p for p, d in artifact.manifest["inputs"].items() if now.get(p) != d):
         raise CheckpointError(
             f"is no longer what {artifact.path} was made from", where=moved[0], fix="restore it"
         )
-    return built
+
+
+def _onto(home: Artifact, attach: Sequence[Pass], extent: Extent) -> Program:
+    """The program of an ONNX base with adapters attached, whose weights are not read.
+
+    Args:
+        home: The base.
+        attach: The passes that attach the adapters. Their numbers are not checked: for that the
+            base's weights would have to be there.
+        extent: `whole` needs a program with values.
+    """
+    if home.manifest["onnx"]["weights"] == "stored":
+        program = capture(home.path)
+    else:
+        program = alone(rebuild(home), []) if extent == "whole" else capture_config(home.path)
+    program = replace(program, journal=())
+    for step in attach:
+        raise_all(located(step.check(program), "--adapter"))
+        options = step.model_dump(mode="json", exclude_defaults=True)
+        entry = Entry("attach", options, step.effect.value, 0, True, {})
+        program = step.run(program).program
+        program = replace(program, journal=(*program.journal, entry))
+    return program
 
 
 def export(
@@ -241,10 +278,14 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "onnx", "peft", "adapterhub", "cache"] = "safetensors",
+    format: Literal[
+        "safetensors", "onnx", "onnx-adapter", "peft", "adapterhub", "cache"
+    ] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     weights: Literal["stored", "fp32", "int8", "int4"] = "stored",
+    swap: bool = False,
+    slots: str | Sequence[str] | None = None,
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
@@ -264,12 +305,15 @@ def export(
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
         format: `safetensors`, a checkpoint that transformers loads; `onnx`, that and graphs that
-            onnxruntime runs on it; one adapter, as `peft` or, a bottleneck, as `adapterhub` has it;
-            or `cache`, a prompt or prefix as constant keys and values, with `merge` beside the
+            onnxruntime runs on it; `onnx-adapter`, the adapters as one for the slots of the ONNX
+            base that the source is; one adapter, as `peft` or, a bottleneck, as `adapterhub` has
+            it; or `cache`, a prompt or prefix as constant keys and values, with `merge` beside the
             checkpoint that they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         weights: With `onnx`; see `to_onnx`.
+        swap: With `onnx`: leave slots for adapters, and write those that are attached beside.
+        slots: Where; see `to_onnx`.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
@@ -286,10 +330,28 @@ def export(
             where=str(target),
             fix='add format="onnx"',
         )
+    if (swap or slots is not None) and not (swap and format == "onnx"):
+        raise ArtifactError(
+            "slots for adapters are those of ONNX graphs that are to swap them",
+            where=str(target),
+            fix='add format="onnx", swap=True',
+        )
     if format == "onnx":  # before any work: its libraries may be missing
         from peftc.exporters.to_onnx import to_onnx
+    if format == "onnx-adapter":
+        from peftc.exporters.to_onnx_adapter import slotted, to_onnx_adapter
+
+        if merge:
+            raise ArtifactError(
+                "an adapter for slots is not merged", where=str(target), fix="leave out merge"
+            )
+        home = slotted(resolve(source))
+        program = _onto(home, build(_attaching(adapters, named=True), "--adapter"), proof)
+        return to_onnx_adapter(
+            program, home.path, target, overwrite=overwrite, proof=proof, progress=progress
+        )
     program, report = load(source, progress), None
-    steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
+    steps = _attaching(adapters, named=swap)
     program = Pipeline(build(steps, "--adapter")).run(program, progress)
     if merge:
         if not program.adapters:
@@ -326,5 +388,25 @@ def export(
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
     if format == "onnx":
-        return to_onnx(program, target, weights=weights, proof=proof, **how)
+        swapped: Literal["swap"] | None = "swap" if swap else None
+        return to_onnx(
+            program, target, weights=weights, adapters=swapped, slots=slots, proof=proof, **how
+        )
     return to_safetensors(program, target, proof=proof, head=head, **how)
+
+
+def _attaching(
+    adapters: Sequence[tuple[str, float]], named: bool
+) -> list[tuple[str, dict[str, Any]]]:
+    """Steps that attach adapters; named, by their folders' names and so that no two are alike."""
+    steps: list[tuple[str, dict[str, Any]]] = []
+    names: set[str] = set()
+    for path, weight in adapters:
+        options: dict[str, Any] = {"path": path, "weight": weight}
+        if named:
+            name = safe_name(Path(path).absolute().name)
+            found = (name, *(f"{name}-{number}" for number in range(2, len(adapters) + 1)))
+            options["adapter"] = next(one for one in found if one not in names)
+            names.add(options["adapter"])
+        steps.append(("attach", options))
+    return steps

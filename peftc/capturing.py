@@ -15,7 +15,7 @@ from torch import nn
 
 from peftc import graphs
 from peftc.attention import Attention, find
-from peftc.checkpoint import Checkpoint, resolve
+from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.constants import Constant, Held, Leaf, Packed, derive
 from peftc.conversion import Arrangement, arrange
 from peftc.errors import CaptureError
@@ -219,6 +219,30 @@ def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
     _check_quantization(checkpoint)
     source = CheckpointSource(checkpoint, name, checkpoint_outline(checkpoint))
     return assemble(source, source.constants())
+
+
+def capture_config(path: str | Path) -> Program:
+    """Captures what a directory's config.json describes, where its weights are not to be had.
+
+    Its constants have shapes and no values (they are fp32 on the meta device): adapters bind to
+    the program, and nothing that reads a weight runs on it.
+
+    Raises:
+        CheckpointError: There is no config.json.
+        CaptureError: transformers has no such architecture.
+    """
+    root = Path(path)
+    checkpoint = Checkpoint(root, read_json(root / "config.json", "a checkpoint"), (), False)
+    outline = checkpoint_outline(checkpoint)
+    constants: dict[str, Constant] = {
+        fqn: Held(torch.empty(shape, device="meta"))
+        for fqn, shape in outline.tensors.items()
+        if fqn not in outline.aliases
+    }
+    stored = {fqn: fqn for fqn in constants}
+    constants |= {tied: constants[owner] for tied, owner in outline.aliases.items()}
+    source = CheckpointSource(checkpoint, str(root.resolve()), outline)
+    return _program(source, outline, constants, stored)
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:

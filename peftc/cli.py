@@ -118,7 +118,7 @@ def _apply(
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
     "--format", "form",
-    type=click.Choice(["safetensors", "onnx", "peft", "adapterhub", "cache"]),
+    type=click.Choice(["safetensors", "onnx", "onnx-adapter", "peft", "adapterhub", "cache"]),
     default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
@@ -134,6 +134,15 @@ def _apply(
     "--weights",
     type=click.Choice(["stored", "fp32", "int8", "int4"]),
     help="With --format onnx: refer to the merged checkpoint's (stored), or write their own.",
+)
+@click.option(
+    "--adapters", "swapped", type=click.Choice(["swap"]),
+    help="With --format onnx: given at run time, as files beside the graphs.",
+)  # fmt: skip
+@click.option(
+    "--slots",
+    metavar="TARGETS",
+    help="Which layers take one (q_proj,v_proj or all-linear); default: those of the adapters.",
 )
 @click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
@@ -155,6 +164,8 @@ def export(
     canonical: bool,
     rank: int | None,
     weights: Any,
+    swapped: str | None,
+    slots: str | None,
     proof: Any,
     workers: int | None,
     as_json: bool,
@@ -166,6 +177,8 @@ def export(
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
       peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
+      peftc export SRC -o ONNX --format onnx --adapters swap          adapters at run time
+      peftc export ONNX -o OUT --format onnx-adapter --adapter DIR    one more for that base
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
     """  # noqa: D301
@@ -177,6 +190,10 @@ def export(
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
     if weights is not None and form != "onnx":
         raise click.UsageError("--weights is that of ONNX graphs: add --format onnx.")
+    if swapped is not None and form != "onnx":
+        raise click.UsageError("--adapters swap is that of ONNX graphs: add --format onnx.")
+    if slots is not None and swapped is None:
+        raise click.UsageError("--slots are for adapters at run time: add --adapters swap.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     from peftc.early import HeadStart
 
@@ -190,8 +207,8 @@ def export(
             artifact = run(
                 src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
                 original=original, force=force, format=form, canonical=canonical, rank=rank,
-                weights=weights or "stored", proof=proof, overwrite=overwrite, workers=workers,
-                progress=progress, head=head,
+                weights=weights or "stored", swap=swapped is not None, slots=slots, proof=proof,
+                overwrite=overwrite, workers=workers, progress=progress, head=head,
             )  # fmt: skip
     _say_merge(terminal, artifact.manifest.get("merge"))
     _say_proof(terminal, artifact.manifest.get("proof", {}))
@@ -367,7 +384,18 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"[green]✓[/] every code is within a step of its weight: relative error "
             f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
         )
-    figures = proof.get("onnx") or {}
+    _say_graphs(terminal, proof.get("onnx") or {}, "")
+    for name, figures in (proof.get("onnx_adapters") or {}).items():
+        site = figures["site"]
+        terminal.say(
+            f"[green]✓[/] {name} in its file: {site['sites']} sites, largest relative error "
+            f"{site['relative_error']:.1e} (bound {site['bound']:.0e})"
+        )
+        _say_graphs(terminal, figures, f" with {name}")
+
+
+def _say_graphs(terminal: Terminal, figures: Mapping[str, Any], adapted: str) -> None:
+    """How graphs compare with torch, with an adapter or none."""
     if "skipped" in figures:
         terminal.say(f"[dim]…[/] graphs not compared with torch: {figures['skipped']}")
     for name, seen in figures.items():
@@ -376,12 +404,12 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
         error = f"largest relative error {seen['relative_error']:.1e}"
         if figures["bound"] is None:
             terminal.say(
-                f"[yellow]![/] {name} is an approximation: {error}, top-1 agreement "
+                f"[yellow]![/] {name}{adapted} is an approximation: {error}, top-1 agreement "
                 f"{seen['top1_agreement']:.0%}, KL {seen['kl']:.1e} ({seen['at']})"
             )
         else:
             terminal.say(
-                f"[green]✓[/] {name} in onnxruntime equals eager torch: {error} "
+                f"[green]✓[/] {name}{adapted} in onnxruntime equals eager torch: {error} "
                 f"(bound {figures['bound']:.0e}) in {seen['at']}"
             )
 
