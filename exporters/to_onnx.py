@@ -70,8 +70,8 @@ def to_onnx(
     session is made.
 
     Args:
-        program: What to write; its adapters must be merged, or are to be swapped. A prompt or a prefix
-            stays: the graph starts from its keys and values.
+        program: What to write; its adapters must be merged, or are to be swapped. A prompt or a
+            prefix stays: the graph starts from its keys and values.
         target: A directory that does not exist.
         weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
             own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of

@@ -32,8 +32,8 @@ from peftc.running import ENGINES, Figures, Sampling, answer, open_runner
 from peftc.text import Text
 from peftc.timing import bench
 
-from .conftest import Run
-from .helpers import alone, copied, refuse
+from .conftest import MakeAdapter, Run
+from .helpers import alone, copied, edit, refuse
 from .talker import talker
 from .test_constant_cache import with_lora
 
@@ -169,6 +169,38 @@ def test_whatever_load_takes_runs_by_transformers(base: Path, tmp_path: Path, ru
     for path, engine in (("cache", "transformers"), ("onnx", "transformers"), ("onnx", "genai")):
         found = run("run", tmp_path / path, "--engine", engine, *rest).data
         assert found["tokens"] == prompted, (path, engine)
+
+
+def test_adapters_are_switched_on_by_name_and_by_directory(
+    base: Path, adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    inside, outside = (str(adapter(base, seed, r=2 + seed)) for seed in (1, 2))
+    given: Any = {"format": "onnx", "swap": True, "proof": "sites"}
+    peftc.export(base, tmp_path / "onnx", adapters=[(inside, 1.0)], **given)
+    (name,) = Artifact.open(tmp_path / "onnx").manifest["onnx"]["adapters"]
+    alone_ = str(tmp_path / "alone")
+    peftc.export(
+        tmp_path / "onnx", alone_, adapters=[(outside, 1.0)], format="onnx-adapter", proof="sites"
+    )
+    named = {None: None, inside: name, outside: alone_}
+    found = []
+    for live, there in named.items():
+        want = tokens(open_runner(base, adapter=live))
+        found.append(want)
+        for engine in ("genai", "onnxruntime"):
+            runner = open_runner(tmp_path / "onnx", engine=engine, adapter=there)
+            assert tokens(runner) == want, (engine, there)
+    assert len({tuple(one) for one in found}) == 3
+    refuse(tmp_path, RunError, lambda _: open_runner(alone_), "onnx-adapter", "--adapter")
+    edit(tmp_path / "onnx" / "peftc.json", onnx={"base": "another"})
+    job = lambda _: open_runner(tmp_path / "onnx", adapter=alone_)  # noqa: E731
+    refuse(tmp_path, RunError, job, "made for another base")
+
+
+def tokens(runner: Any) -> list[int]:
+    text, figures = Text(runner.folder), Figures()
+    list(answer(runner, text, text.encode(PROMPT), Sampling(12, ends=False), figures))
+    return figures.tokens
 
 
 def test_running_onnx_imports_no_torch(exported: Path) -> None:
