@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
     from peftc.mixing import together
+    from peftc.parts import export_part, finish
     from peftc.passes.attach import Attach
     from peftc.passes.combine import Combine
     from peftc.passes.fold import Fold
@@ -61,6 +62,7 @@ _HOMES = {
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
     "mixing": ("together",),
+    "parts": ("export_part", "finish"),
     "passes.attach": ("Attach",),
     "passes.combine": ("Combine",),
     "passes.fold": ("Fold",),
@@ -85,9 +87,9 @@ __all__ = [
     "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
-    "capture", "export", "load", "materialize", "optimizer_groups", "plot_ranks", "restore_base",
-    "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_onnx_adapter", "to_peft",
-    "to_safetensors", "together", "tune", "verify",
+    "capture", "export", "export_part", "finish", "load", "materialize", "optimizer_groups",
+    "plot_ranks", "restore_base", "schedule", "score", "to_adapterhub", "to_cache", "to_onnx",
+    "to_onnx_adapter", "to_peft", "to_safetensors", "together", "tune", "verify",
 ]  # fmt: skip
 
 

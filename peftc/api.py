@@ -268,6 +268,38 @@ def _onto(home: Artifact, attach: Sequence[Pass], extent: Extent) -> Program:
     return program
 
 
+def prepare(
+    source: str | Path,
+    merge: bool = False,
+    adapters: Sequence[tuple[str, float]] = (),
+    merge_base: MergeBase | None = None,
+    then: Then | None = None,
+    original: str | Path | None = None,
+    force: bool = False,
+    keep_virtual: bool = False,
+    named: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Program, dict[str, Any] | None]:
+    """The program that an export writes, and what was measured of a merge; see `export`."""
+    steps = build(_attaching(adapters, named), "--adapter")
+    program = Pipeline(steps).run(load(source, progress), progress)
+    if merge:
+        if not program.adapters:
+            raise ArtifactError(
+                "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
+            )
+        return merge_adapters(
+            program, merge_base, then, original, force, keep_virtual, progress=progress
+        )
+    if merge_base or then or original:
+        raise ArtifactError(
+            "merge_base, then and original say how to merge, and nothing is merged",
+            where=str(source),
+            fix="add merge=True, or leave them out",
+        )
+    return program, None
+
+
 def export(
     source: str | Path,
     target: str | Path,
@@ -350,29 +382,18 @@ def export(
         return to_onnx_adapter(
             program, home.path, target, overwrite=overwrite, proof=proof, progress=progress
         )
-    program, report = load(source, progress), None
-    steps = _attaching(adapters, named=swap)
-    program = Pipeline(build(steps, "--adapter")).run(program, progress)
-    if merge:
-        if not program.adapters:
-            raise ArtifactError(
-                "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
-            )
-        program, report = merge_adapters(
-            program,
-            merge_base,
-            then,
-            original,
-            force,
-            format in ("cache", "onnx"),
-            progress=progress,
-        )
-    elif merge_base or then or original:
-        raise ArtifactError(
-            "merge_base, then and original say how to merge, and nothing is merged",
-            where=str(source),
-            fix="add merge=True, or leave them out",
-        )
+    program, report = prepare(
+        source,
+        merge,
+        adapters,
+        merge_base,
+        then,
+        original,
+        force,
+        format in ("cache", "onnx"),
+        swap,
+        progress,
+    )
     how: dict[str, Any] = {
         "overwrite": overwrite,
         "workers": workers,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -217,6 +218,7 @@ def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
         CaptureError: It is quantized in a way that peftc does not read.
     """
     _check_quantization(checkpoint)
+    _check_depth(checkpoint)
     source = CheckpointSource(checkpoint, name, checkpoint_outline(checkpoint))
     return assemble(source, source.constants())
 
@@ -257,6 +259,43 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         where=str(checkpoint.path / "config.json"),
         fix="start from the original, or save it dequantized: model.dequantize() in transformers",
     )
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """Refuses a config of more layers than there are tensors, whose model could take for ever."""
+
+    def counts(value: Any, at: str = "") -> Iterator[tuple[str, int]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from counts(inner, str(key))
+        elif isinstance(value, int) and re.fullmatch(
+            r"(num_|n_)?((encoder|decoder|hidden)_)?layers?|depth", at
+        ):
+            yield at, value
+
+    there = len(checkpoint.tensors)
+    most = max(64, there)  # a few are soon built, and what lacks is told better
+    for name, count in counts(dict(checkpoint.config)):
+        if count > most:
+            raise CaptureError(
+                f"asks for {count} layers ({name}), and there are {there} tensors",
+                where=str(checkpoint.path / "config.json"),
+                fix="use the config.json that belongs to these weights",
+            )
+
+
+def _check_layers(source: CheckpointSource, found: Collection[str]) -> None:
+    """Refuses weights without a whole layer, which transformers would fill with random ones."""
+    layers: dict[str, bool] = {}
+    for fqn in source.outline.tensors:
+        if match := re.match(r"(.*?\.\d+)\.", fqn):
+            layers[match[1]] = layers.get(match[1], False) or fqn in found
+    if empty := [layer for layer, there in layers.items() if not there]:
+        raise CaptureError(
+            f"holds nothing of {len(empty)} layers: {', '.join(empty[:3])}",
+            where=str(source.checkpoint.path),
+            fix="download all of it, or use the config.json that belongs to these weights",
+        )
 
 
 def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Program:
@@ -304,6 +343,7 @@ def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Progr
         if one := constants.get(owner) or constants.get(tied):
             constants.setdefault(owner, one)
             constants.setdefault(tied, one)
+    _check_layers(source, constants)
     return replace(_program(source, outline, constants, stored), parts=parts)
 
 
