@@ -23,17 +23,21 @@ SEARCH = {
 }  # fmt: skip
 
 
-def genai_config(program: Program, wholes: list[Whole]) -> bytes | None:
+def genai_config(program: Program, wholes: list[Whole], before: int = 0) -> bytes | None:
     """The file's content, or None for a model that onnxruntime-genai does not run so.
 
-    It runs decoders whose layers all have the same heads, that number positions by an input, and
-    that end their texts by a token.
+    It runs decoders whose layers all have the same heads, and that end their texts by a token.
+
+    Args:
+        program: What is written.
+        wholes: Its graphs.
+        before: How many virtual tokens the graph has, which take positions too.
     """
     whole = wholes[0]
     names = {port.name for port in whole.inputs}
     caches = {port.dims for port in whole.inputs if "past" in port.dims}
     source = program.source
-    if len(wholes) != 1 or len(caches) != 1 or POSITIONS not in names:
+    if len(wholes) != 1 or len(caches) != 1:
         return None
     assert isinstance(source, CheckpointSource)
     config = _text(source.checkpoint.config)
@@ -47,7 +51,7 @@ def genai_config(program: Program, wholes: list[Whole]) -> bytes | None:
     if not ends:
         return None
     heads, size = next(iter(caches))[1], next(iter(caches))[3]
-    length = program.context or 2048
+    length = (program.context or 2048) - before
     queries = config.get("num_attention_heads") or config.get("n_head") or heads
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -57,7 +61,7 @@ def genai_config(program: Program, wholes: list[Whole]) -> bytes | None:
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": MASK,
-            "position_ids": POSITIONS,
+            **({"position_ids": POSITIONS} if POSITIONS in names else {}),
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },

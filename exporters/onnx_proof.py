@@ -179,8 +179,10 @@ class _Case:
             want = call.run(self.model, {**self._part(whole, 0, None), **nothing})
         for port in self.whole.outputs:
             seen = want[port.name].float()
-            if "sequence" in port.dims:
-                seen = seen[:, self.past :]
+            if "sequence" in port.dims:  # the last: a prompt's own are before them
+                seen = seen[:, -self.now :]
+            elif "past + sequence" in port.dims:
+                seen = seen.narrow(2, seen.shape[2] - self.past - self.now, self.past + self.now)
             keep = self._real(port, seen.shape)
             width = seen.shape[-1] if seen.dim() > 1 else 1
             want_, got_ = (x[keep].reshape(-1, width) for x in (seen, got[port.name].float()))

@@ -60,13 +60,13 @@ def to_cache(
     """
     progress.stage("compute the cache")
     live: Any = materialize(program, dtype=torch.float32)
-    if (obstacle := _obstacle(program, live)) is not None:
-        raise ArtifactError(obstacle, where=str(target), fix="write it with --format peft")
+    if (reason := obstacle(program, live)) is not None:
+        raise ArtifactError(reason, where=str(target), fix="write it with --format peft")
     generator = torch.Generator().manual_seed(0)
     embedding = program.sites[str(program.embedding)]
     ids = torch.randint(embedding.in_features, (SAMPLES, LENGTH), generator=generator)
     with torch.no_grad():
-        cache = _computed(live)
+        cache = computed(live)
         want = live(input_ids=ids).logits[:, -LENGTH:]
         del live
         plain: Any = materialize(alone(program, []), dtype=torch.float32)
@@ -104,8 +104,8 @@ def to_cache(
     return Artifact.open(Path(target))
 
 
-def _obstacle(program: Program, model: nn.Module) -> str | None:
-    """Why there is nothing to write, if so."""
+def obstacle(program: Program, model: nn.Module) -> str | None:
+    """Why the virtual tokens of a program and its live model cannot become constants, if so."""
     config: Any = getattr(model, "config", None)
     prefixed = any(adapter.prefixed for adapter in program.adapters.values())
     if not prefixed or program.embedding not in program.sites:
@@ -123,7 +123,7 @@ def _obstacle(program: Program, model: nn.Module) -> str | None:
     return None
 
 
-def _computed(model: Any) -> ConstantCache:
+def computed(model: Any) -> ConstantCache:
     """The keys and values of a live model's virtual tokens."""
     shapes = shapes_of(model.config)
     if layers := keys_and_values(model):

@@ -23,6 +23,7 @@ from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
 from peftc.exporters.onnx_slots import Slots
 from peftc.exporters.onnx_swap import Swap
 from peftc.exporters.onnx_table import TABLE
+from peftc.exporters.onnx_virtual import Virtual, settled
 from peftc.exporters.onnx_weights import StoredWeights
 from peftc.exporters.to_safetensors import folders, manifest, states, write_model
 from peftc.link import link, plan
@@ -69,7 +70,8 @@ def to_onnx(
     session is made.
 
     Args:
-        program: What to write; its adapters must be merged, or are to be swapped.
+        program: What to write; its adapters must be merged, or are to be swapped. A prompt or a
+            prefix stays: the graph starts from its keys and values.
         target: A directory that does not exist.
         weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
             own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of
@@ -93,17 +95,11 @@ def to_onnx(
         ProofError: onnxruntime computes something else.
         MissingDependency: onnx, onnx-ir or onnxruntime is not installed.
     """
+    target = Path(target)
     swap = None if adapters is None else Swap.of(program, slots)
-    if swap is None and program.adapters:
-        raise ArtifactError(
-            f"the program still carries the adapter {', '.join(program.adapters)}",
-            where=str(target),
-            fix="merge it (--merge), leave it to be given at run time (--adapters swap), or write "
-            "it with --format peft",
-        )
-    target, base = Path(target), swap.base if swap else program
     before = states(program)
     progress.stage("capture")
+    base, virtual = (swap.base, None) if swap else settled(program, target)
     lowered = lower(base, weights, swap.slots if swap else None)
     own = lowered.weights.own_shards()
     shards = plan(base) if weights == "stored" else []
@@ -119,7 +115,8 @@ def to_onnx(
         link(base, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
-        if (config := genai_config(base, lowered.wholes)) is not None:
+        tokens = virtual.cache.tokens if virtual else 0
+        if (config := genai_config(base, lowered.wholes, tokens)) is not None:
             stage.add(FILE, config)
         swapped = swap.write(stage) if swap else {}
         progress.stage("check")
@@ -128,7 +125,7 @@ def to_onnx(
         proved: dict[str, Any] = {}
         if weights == "stored":
             proved["site"] = site_proof(base, measured)
-        proved |= _proof(base, stage.path, lowered, proof, progress)
+        proved |= _proof(base, virtual, stage.path, lowered, proof, progress)
         if swap:
             figures = proved["onnx"]
             proved["onnx_adapters"] = swap.prove(
@@ -146,14 +143,20 @@ def to_onnx(
             **swapped,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
-        more = {"proof": proved, "onnx": report, **(remarks or {})}
+        cached = {"constant_cache": virtual.report} if virtual else {}
+        more = {"proof": proved, "onnx": report, **cached, **(remarks or {})}
         tools = {**versions(), **tool_versions()}
         stage.publish(manifest(program, "onnx", **{"versions": tools, **more}))
     return Artifact.open(target)
 
 
 def _proof(
-    program: Program, path: Path, lowered: Lowered, extent: Extent, progress: Progress
+    program: Program,
+    virtual: Virtual | None,
+    path: Path,
+    lowered: Lowered,
+    extent: Extent,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What a directory's graphs are compared with: its checkpoint, or the program itself.
 
@@ -168,7 +171,10 @@ def _proof(
         return {**proved, "onnx": {"skipped": "two whole models in fp32; --proof whole does it"}}
     progress.stage("compare with torch")
     if isinstance(own, OwnWeights):
-        model = materialize(unfold(program), dtype=torch.float32)
+        tuned = virtual.program if virtual else program
+        model = materialize(unfold(tuned), dtype=torch.float32)
+    elif virtual:
+        model = virtual.tuned(path)
     else:
         model = loaded(Checkpoint.open(path))
     bound = None if quantized else BOUND
@@ -273,13 +279,13 @@ def verify_onnx(
     said = artifact.manifest["onnx"]
     kind, report = said["weights"], dict[str, Any]()
     swap = Swap.of(program, list(said["slots"])) if "slots" in said else None
-    base = swap.base if swap else program
+    base, virtual = (swap.base, None) if swap else settled(program, artifact.path)
     if kind == "stored":
         progress.stage("compare layers")
         written = Checkpoint.open(artifact.path)
         report["site"] = site_proof(base, watch_file(base, written))
     lowered = lower(base, kind, swap.slots if swap else None)
-    report |= _proof(base, artifact.path, lowered, extent, progress)
+    report |= _proof(base, virtual, artifact.path, lowered, extent, progress)
     if swap:
         figures = report["onnx"]
         report["onnx_adapters"] = swap.prove(artifact.path, said, lowered.wholes, figures, progress)

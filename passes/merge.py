@@ -48,8 +48,8 @@ def unmergeable(program: Program) -> list[PeftcError]:
             f"the adapter {adapter.name!r} is no change of weights: it puts "
             "virtual tokens before each sequence",
             where=f"adapter {adapter.name}",
-            fix="keep it beside the model: write it with --format cache, or leave out --merge and "
-            "write it with --format peft",
+            fix="keep it beside the model: write it with --format cache or onnx, or leave out "
+            "--merge and write it with --format peft",
         )
         for adapter in _virtual(program)
         if not adapter.sites

@@ -329,7 +329,8 @@ def export(
     Args:
         source: See `load`.
         target: A directory that does not exist.
-        merge: Merge every adapter into the weights; with `cache`, all but the prompt or prefix.
+        merge: Merge every adapter into the weights; with `cache` and `onnx`, all but the prompt or
+            prefix.
         adapters: Further PEFT adapters to attach, each with its weight.
         merge_base: What to merge into where the base is in 4 bits; see `peftc.merging.merge`.
         then: What to make of it then: 4 bits again, or 16.
@@ -389,7 +390,7 @@ def export(
         then,
         original,
         force,
-        format == "cache",
+        format in ("cache", "onnx"),
         swap,
         progress,
     )

@@ -24,6 +24,8 @@ SIZES = {
     "batch": 2, "sequence": 3, "past": 5, "past + sequence": 8, "encoder_sequence": 7, "images": 4,
 }  # fmt: skip
 MASK, POSITIONS, ENCODED = "attention_mask", "position_ids", "encoder_hidden_states"
+# What an attention module has before the keys and values of every text: (1, heads, tokens, size).
+CONSTANT = ("constant_key", "constant_value")
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,33 @@ def _causal(model: nn.Module) -> Call:
         from transformers import DynamicCache
 
         past, rest = _split(given)
-        cache = DynamicCache(past) if past else DynamicCache()
+        if constant := _constant(model):
+            from peftc.constant_layer import constant_cache
+
+            rest, cache = _behind(constant[0][0].shape[2], rest), constant_cache(constant, past)
+        else:
+            cache = DynamicCache(past) if past else DynamicCache()
         output = model(**rest, past_key_values=cache, use_cache=True)
         return {"logits": output[0], **_present(output.past_key_values)}
 
     past = _past_ports(model, run, inputs, "")
     return Call("model", (*inputs, *past), run, "")
+
+
+def _constant(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The constant keys and values of a model's layers, if it has any."""
+    key, value = CONSTANT
+    own = (module._parameters for module in model.modules())
+    return [(p[key], p[value]) for p in own if p.get(key) is not None]  # type: ignore[misc]
+
+
+def _behind(tokens: int, given: Tensors) -> Tensors:
+    """Inputs as they are behind so many more tokens, which all see."""
+    mask = given[MASK]
+    moved = {MASK: torch.cat([mask.new_ones(mask.shape[0], tokens), mask], 1)}
+    if POSITIONS in given:
+        moved[POSITIONS] = given[POSITIONS] + tokens
+    return {**given, **moved}
 
 
 def _encoder(model: Any) -> Call:

@@ -17,6 +17,7 @@ from peftc.cli_options import needed as _needed
 from peftc.cli_options import output as _output
 from peftc.cli_parts import finish, run_part
 from peftc.cli_plan import plan
+from peftc.cli_run import bench, run
 from peftc.cli_tune import evaluate, tune
 from peftc.errors import PeftcError, RecipeError, located, raise_all
 from peftc.reports import say_canonical, say_merge, say_proof
@@ -38,6 +39,8 @@ cli.add_command(finish)
 cli.add_command(plan)
 cli.add_command(tune)
 cli.add_command(evaluate)
+cli.add_command(run)
+cli.add_command(bench)
 
 
 @cli.group(cls=PassGroup, chain=True, invoke_without_command=True, subcommand_metavar="PASS...")

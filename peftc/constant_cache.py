@@ -55,13 +55,14 @@ class ConstantCache:
 
     @classmethod
     def open(cls, path: str | Path) -> ConstantCache:
-        """Reads what `peftc.to_cache` wrote.
+        """Reads what `peftc.to_cache` wrote, or `peftc.to_onnx` beside graphs.
 
         Raises:
             ArtifactError: It is something else, or damaged.
         """
         artifact = Artifact.open(Path(path))
-        if artifact.manifest["kind"] != "cache":
+        beside = artifact.manifest.get("constant_cache")
+        if artifact.manifest["kind"] != "cache" and beside is None:
             raise ArtifactError(
                 f"is of kind {artifact.manifest['kind']}, and no constant cache",
                 where=str(path),
@@ -69,16 +70,13 @@ class ConstantCache:
             )
         if damage := artifact.damage():
             raise damage[0]
-        tensors = load_file(artifact.path / FILE)
-        layers = tuple(
-            (tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(len(tensors) // 2)
-        )
-        numbering = artifact.manifest["numbering"]
-        return cls(
-            layers,
-            None if numbering is None else Numbering(**numbering),
-            artifact.manifest["shapes"],
-        )
+        said = beside or artifact.manifest
+        tensors = load_file(artifact.path / said.get("file", FILE))
+        count = sum(name.endswith(".key") for name in tensors)
+        names = said.get("layers") or [(f"{i}.key", f"{i}.value") for i in range(count)]
+        layers = tuple((tensors[key], tensors[value]) for key, value in names)
+        numbering = said["numbering"]
+        return cls(layers, None if numbering is None else Numbering(**numbering), said["shapes"])
 
     def before(
         self,

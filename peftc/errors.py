@@ -81,6 +81,10 @@ class Interrupted(TrainingError):
     exit_code = 130
 
 
+class RunError(PeftcError):
+    """A model that cannot be run as it is asked to."""
+
+
 class ProofError(PeftcError):
     """An artifact that is not equal to what it came from, within its bound."""
 

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftc.calling import Call, Port, Tensors, calls
+from peftc.calling import CONSTANT, Call, Port, Tensors, calls
 from peftc.capturing import CheckpointSource
 from peftc.errors import CaptureError, PeftcError
 from peftc.normal import mutates, normalize, owner
@@ -104,6 +104,11 @@ def _prepared(program: Program) -> nn.Module:
         model.set_attn_implementation(IMPLEMENTATION)
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation(IMPLEMENTATION)
+    for fqn, constant in program.constants.items():
+        place, _, name = fqn.rpartition(".")
+        if name in CONSTANT:
+            empty = torch.empty(constant.spec.shape, dtype=constant.spec.dtype, device="meta")
+            model.get_submodule(place).register_parameter(name, nn.Parameter(empty, False))
     module: nn.Module = model.eval()
     return module
 

@@ -194,8 +194,8 @@ def test_cache_that_is_not_equal_is_not_published(
         first, *rest = computed(live).layers
         return ConstantCache(((first[0] + 0.1, first[1]), *rest))
 
-    computed = home._computed
-    monkeypatch.setattr(home, "_computed", damaged)
+    computed = home.computed
+    monkeypatch.setattr(home, "computed", damaged)
     refuse(tmp_path, ProofError, partial(to_cache, injected(llama, PREFIX)), "logits differ")
 
 

@@ -20,13 +20,14 @@ ORDER = [
     "contract", "tuning", "examples", "token_rows", "scoring", "sources", "memory", "curve",
     "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas", "mixing",
     "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline", "capturing",
-    "structure", "calling", "normal", "repeated", "whole", "storage", "artifact", "runs", "early",
-    "link", "fusing", "functions", "surrounding", "live", "switching", "virtual", "constant_cache",
-    "prefixes", "rates", "schedules", "callbacks", "footprint", "tuner", "witness",
-    "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters", "recipe",
-    "merging", "api", "parts", "training", "evaluation", "terminal", "reports", "inspection",
-    "analysis_view", "ranks_view", "planning", "demo_model", "demo", "cli_options", "cli_parts",
-    "cli_plan", "cli_tune", "cli", "__main__",
+    "structure", "constant_layer", "calling", "normal", "repeated", "whole", "storage", "artifact",
+    "runs", "early", "link", "fusing", "functions", "surrounding", "live", "switching", "virtual",
+    "constant_cache", "prefixes", "rates", "schedules", "callbacks", "footprint", "tuner",
+    "witness", "proof", "spectra", "analysis", "survival", "kernels", "passes", "exporters",
+    "recipe", "merging", "api", "text", "running", "running_onnx", "running_live", "timing",
+    "parts", "training", "evaluation", "terminal", "reports", "inspection", "analysis_view",
+    "ranks_view", "planning", "demo_model", "demo", "cli_options", "cli_parts", "cli_plan",
+    "cli_run", "cli_tune", "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
     "errors", "extras", "progress", "safetensors_file", "checkpoint", "targets", "contract",
@@ -39,7 +40,7 @@ TORCH_FREE = [
     "passes.joint", "passes.merge", "passes.prompt_tuning", "passes.p_tuning", "passes.prune_ranks",
     "passes.router", "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge",
     "passes.untie", "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
-    "demo_model",
+    "demo_model", "memory", "text", "running", "running_onnx", "timing", "cli_run",
 ]  # fmt: skip
 SOURCES = sorted(
     [

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from .conftest import auto
 from .onnx_families import FAMILIES, export
+from .test_onnx import generated
 
 # One of each way of computing; `python -m tests.onnx_families` tries all.
 CHOSEN = {
@@ -28,3 +32,12 @@ def test_architecture_is_exported_equal_and_its_layers_cloned(name: str, tmp_pat
         for graph in graphs.values() for path, few in graph["layers"].items()
     }  # fmt: skip
     assert layers == CHOSEN[name]
+
+
+def test_decoder_that_numbers_positions_by_itself_runs_in_genai(tmp_path: Path) -> None:
+    path, ids = export(FAMILIES["BLOOM"], tmp_path).path, [5, 17, 3, 29, 8]
+    config = json.loads((path / "genai_config.json").read_text())
+    assert "position_ids" not in config["model"]["decoder"]["inputs"]
+    given = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    want = auto(path).generate(torch.tensor([ids]), **given)
+    assert generated(path, ids, 12) == want[0].tolist()

@@ -17,7 +17,7 @@ import peftc
 from peftc.demo_model import demo_checkpoint
 
 from .conftest import auto
-from .test_onnx import Runner, compare, switch
+from .test_onnx import Runner, compare, generated, switch
 
 TEXT = "The three laws of thermodynamics say that"
 
@@ -64,6 +64,7 @@ def test_greedy_text_is_transformers_own_for_64_tokens(exported: Path) -> None:
     model = auto(exported, torch.float32)
     want = model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False)
     assert Runner(exported).greedy(ids, 64).tolist() == want.tolist()
+    assert generated(exported, ids[0].tolist(), 64) == want[0].tolist()
 
 
 def test_layers_were_captured_twice_and_cloned(exported: Path) -> None:
