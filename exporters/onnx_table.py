@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from peftc.exporters.onnx_fusing import rotate
+from peftc.exporters.onnx_fusing import attend, rotate
 from peftc.exporters.onnx_lowering import ONNX_TYPES, RUNTIME, Lowering, Rule, dtype_of, shape_of
 from peftc.exporters.onnx_shapes import SHAPES, argument, axis_of
 from peftc.normal import operator_of
@@ -248,8 +248,8 @@ def _rms_norm(to: Lowering, node: Any) -> ir.Value:
 
 
 def _rotary(to: Lowering, node: Any) -> ir.Value:
-    x, cos, sin = (to.of(given) for given in node.args)
-    return to.op("RotaryEmbedding", x, cos, sin)
+    x, cos, sin = (to.of(given) for given in node.args[:3])
+    return to.op("RotaryEmbedding", x, cos, sin, num_heads=argument(node, 3, "heads", None))
 
 
 def _attention(to: Lowering, node: Any) -> ir.Value:
@@ -267,6 +267,17 @@ def _attention(to: Lowering, node: Any) -> ir.Value:
         scale=float(scale),
         is_causal=int(argument(node, 5, "is_causal", False)),
     )
+
+
+def _attention_with_cache(to: Lowering, node: Any) -> tuple[ir.Value, ...]:
+    *tensors, (heads, key_heads), scale = node.args
+    given = [None if x is None else to.of(x) for x in tensors]
+    if scale is None:
+        scale = 1 / math.sqrt(shape_of(tensors[-1])[-1])
+    return to.ops(
+        "Attention", *given, outputs=3, q_num_heads=heads, kv_num_heads=key_heads,
+        scale=float(scale),
+    )  # fmt: skip
 
 
 def _convolution(to: Lowering, node: Any) -> ir.Value:
@@ -351,7 +362,7 @@ TABLE: Mapping[Any, Rule] = {
     # layers
     "embedding": _embedding, "linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul,
     "bmm": _matmul, "baddbmm": _baddbmm, "layer_norm": _layer_norm, "rms_norm": _rms_norm,
-    rotate: _rotary,
+    rotate: _rotary, attend: _attention_with_cache,
     "scaled_dot_product_attention": _attention, "conv1d": _convolution, "conv2d": _convolution,
     "conv3d": _convolution, "convolution": _convolution,
     # what is known of dimensions at run time
