@@ -15,6 +15,7 @@ from peftc.graphs import aten
 from peftc.normal import operator_of
 
 END = 2**62
+CASTS = "to", "_to_copy"
 
 
 def rotate(
@@ -93,7 +94,7 @@ def _normalization(graph: fx.Graph, node: fx.Node) -> None:
     """Weight · (x · rsqrt(mean(x²) + eps)), the weight a vector."""
     operands: tuple[Any, ...] = node.args
     for weight, inner in (operands, reversed(operands)):
-        factors = _operands(inner, "mul")
+        factors = _operands(_uncast(inner), "mul")
         if not (factors and _is_vector(weight)):
             continue
         x, scale = factors
@@ -108,6 +109,7 @@ def _normalization(graph: fx.Graph, node: fx.Node) -> None:
             or not (keep and _is_number(eps))
         ):
             continue
+        x = _uncast(x)  # what ONNX computes in fp32 whatever x is
         given, vector = x.meta["val"], weight.meta["val"]
         if vector.shape == given.shape[-1:] and vector.dtype == given.dtype:
             with graph.inserting_before(node):
@@ -233,7 +235,7 @@ def _table(node: Any, function: str, shape: Any) -> fx.Node | None:
     found = source.meta["val"].shape
     if len(found) != 3 or [str(d) for d in found] != [str(shape[i]) for i in (0, 2, 3)]:
         return None
-    inner: Any = source
+    inner: Any = _uncast(source)
     while (factors := _operands(inner, "mul")) and _is_number(factors[1]):
         inner = factors[0]
     (angle,) = _operands(inner, function) or (None,)
@@ -248,6 +250,13 @@ def _is_slice(node: Any, source: fx.Node, start: int, end: int | None) -> bool:
         return False
     to_end = isinstance(args[3], int) and (args[3] >= END if end is None else args[3] == end)
     return bool(args[2] == start and to_end and (len(args) < 5 or args[4] == 1))
+
+
+def _uncast(node: Any) -> Any:
+    """What a node is a cast of; itself if it is none."""
+    while casts := next((args for name in CASTS if (args := _operands(node, name))), ()):
+        node = casts[0]
+    return node
 
 
 def _is_vector(node: Any) -> bool:

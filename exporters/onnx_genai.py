@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peftc.calling import MASK, POSITIONS
 from peftc.capturing import CheckpointSource
@@ -13,6 +13,7 @@ from peftc.program import Program
 from peftc.structure import as_json
 from peftc.whole import Whole
 
+Provider = Literal["cpu", "cuda"]
 FILE = "genai_config.json"
 TYPE = "llama"  # its word for any decoder over a cache of keys and values
 SEARCH = {
@@ -23,7 +24,7 @@ SEARCH = {
 }  # fmt: skip
 
 
-def genai_config(program: Program, wholes: list[Whole]) -> bytes | None:
+def genai_config(program: Program, wholes: list[Whole], provider: Provider = "cpu") -> bytes | None:
     """The file's content, or None for a model that onnxruntime-genai does not run so.
 
     It runs decoders whose layers all have the same heads, that number positions by an input, and
@@ -49,8 +50,9 @@ def genai_config(program: Program, wholes: list[Whole]) -> bytes | None:
     heads, size = next(iter(caches))[1], next(iter(caches))[3]
     length = program.context or 2048
     queries = config.get("num_attention_heads") or config.get("n_head") or heads
+    providers: list[dict[str, Any]] = [] if provider == "cpu" else [{provider: {}}]
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
         "filename": f"{whole.name}.onnx",
         "head_size": size,
         "hidden_size": config.get("hidden_size") or config.get("n_embd"),

@@ -53,6 +53,14 @@ class Weights(Protocol):
         A turned weight is kept as (in, out).
         """
 
+    def linears(
+        self, lowering: Lowering, x: ir.Value, names: Sequence[str]
+    ) -> tuple[ir.Value, ...] | None:
+        """x·Wᵀ for each of several weights by one operator, or None where there is none."""
+
+    def embedding(self, lowering: Lowering, ids: ir.Value, name: str) -> ir.Value | None:
+        """Rows of a table by an operator of its own, or None where it has none."""
+
 
 class Lowering:
     """Builds the ONNX graph of a whole model.
@@ -242,11 +250,12 @@ class Lowering:
 
     def _output(self, node: fx.Node, port: Port) -> ir.Value:
         """The value of an output by its name; one that has a name already is handed on."""
-        value = self.of(node)
+        dtype = torch.float32 if port.name == "logits" else port.dtype
+        value = self.of(node, dtype)
         if value.producer() is None or value.name in {p.name for p in self.whole.outputs}:
             value = self.op("Identity", value)
         value.name = port.name
-        value.type, value.shape = _type(port.dtype), _shape(port)
+        value.type, value.shape = _type(dtype), _shape(port)
         return value
 
 

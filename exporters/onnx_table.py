@@ -156,6 +156,9 @@ def _same(to: Lowering, node: Any) -> ir.Value:
 def _embedding(to: Lowering, node: Any) -> ir.Value:
     table, ids = node.args[:2]
     if table.op == "get_attr" and table.target not in to.whole.held:
+        found = to.weights.embedding(to, to.of(ids), str(table.target))
+        if found is not None:
+            return found
         rows = to.op("Gather", to.stored(str(table.target)), to.of(ids))  # few, then cast
         return rows if rows_match(to, table) else to.cast(rows, _result(node))
     return to.op("Gather", to.of(table), to.of(ids))
@@ -171,6 +174,8 @@ def _linear(to: Lowering, node: Any) -> ir.Value:
     given = to.of(x)
     b = None if bias is None else to.of(bias)
     if weight.op == "get_attr":
+        if _beside(to, node):
+            return to.values[node]
         found = to.weights.linear(to, given, str(weight.target), b)
         if found is not None:
             return found
@@ -179,6 +184,29 @@ def _linear(to: Lowering, node: Any) -> ir.Value:
         return y
     y.type, y.shape = ir.TensorType(ONNX_TYPES[_result(node)]), ir.Shape(_static(node))
     return to.op("Add", y, b)
+
+
+def _beside(to: Lowering, node: Any) -> bool:
+    """Whether a product is one of several of the same x by one operator, such as q, k and v.
+
+    Small products cost more for being called than for what they compute.
+    """
+    if node in to.values:
+        return True
+    named = {
+        other: str(other.args[1].target)
+        for other in node.args[0].users
+        if operator_of(other) == "linear"
+        and other.args[1].op == "get_attr"
+        and not any(other.args[2:])
+    }
+    path = str(node.args[1].target).rpartition(".")[0].rpartition(".")[0]
+    group = [n for n, name in named.items() if name.startswith(f"{path}.")]
+    if node not in group or len(group) < 3:
+        return False
+    found = to.weights.linears(to, to.of(node.args[0]), [named[n] for n in group])
+    to.values |= dict(zip(group, found or (), strict=False))
+    return found is not None
 
 
 def _addmm(to: Lowering, node: Any) -> ir.Value:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import torch
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.exporters import onnx_needs
 from peftc.exporters.onnx_fusing import fuse
-from peftc.exporters.onnx_genai import FILE, genai_config
+from peftc.exporters.onnx_genai import FILE, Provider, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
-from peftc.exporters.onnx_proof import BOUND, prove
-from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
+from peftc.exporters.onnx_proof import BOUNDS, prove
+from peftc.exporters.onnx_quantized import Compute, Form, OwnWeights, Weights, weights_of
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_weights import StoredWeights
 from peftc.exporters.to_safetensors import folders, manifest, states, write_model
@@ -28,6 +28,8 @@ from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, affords_whole, loaded, site_proof, unfold, watch_file
 from peftc.whole import Whole, capture_whole
+
+STORED = Form()
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ def to_onnx(
     target: str | Path,
     *,
     weights: Weights = "stored",
+    compute: Compute | None = None,
+    head_bits: int = 8,
+    provider: Provider = "cpu",
     overwrite: bool = False,
     proof: Extent = "auto",
     workers: int | None = None,
@@ -60,15 +65,20 @@ def to_onnx(
     """Writes a program's checkpoint and, beside it, graphs that onnxruntime runs on its weights.
 
     The graphs' initializers are ranges of the safetensors files, so that one directory serves
-    transformers and onnxruntime. Graphs compute in fp32; weights of another dtype are cast when a
-    session is made.
+    transformers and onnxruntime. Weights of another dtype than the graph computes in are cast when
+    a session is made.
 
     Args:
         program: What to write; its adapters must be merged.
         target: A directory that does not exist.
         weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
-            own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of
-            their own for each 32 weights of a row, an output head always in 8 bits.
+            own, and no checkpoint is written: `fp32`, `fp16`, `bf16`; `int8` and `int4`, linear
+            layers in steps of their own for each 32 weights of a row; `nf4-int8`, the layers that
+            are in NF4 with their codes rounded to 8 bits.
+        compute: The float type of the graph, its cache too: `fp32`, `fp16` or `bf16`; default: that
+            of `weights`, or fp32. Logits are fp32 always.
+        head_bits: Of an output head, 8 or 4, where `weights` are `int4`.
+        provider: Whom onnxruntime-genai is to run it by: `cpu` or `cuda`.
         overwrite: Replace an artifact that peftc wrote there.
         proof: `sites` compares each rewritten site; `whole` also what onnxruntime computes with
             what eager torch does, in fp32, for which the model is loaded twice; `auto` does that up
@@ -89,14 +99,19 @@ def to_onnx(
             where=str(target),
             fix="merge it (--merge), or write it with --format peft",
         )
+    onnx_needs.check()
+    form = Form(weights, compute, head_bits)
+    form.check(program)
     target = Path(target)
     before = states(program)
     progress.stage("capture")
-    lowered = lower(program, weights)
+    lowered = lower(program, form)
     own = lowered.weights.own_shards()
     shards = plan(program) if weights == "stored" else []
     need = sum(shard.size for shard in (*shards, *own))
-    key = key_of(program.fingerprint, before, versions(), tool_versions(), proof, weights)
+    key = key_of(
+        program.fingerprint, before, versions(), tool_versions(), proof, vars(form), provider
+    )
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
@@ -105,7 +120,7 @@ def to_onnx(
         link(program, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
-        if (config := genai_config(program, lowered.wholes)) is not None:
+        if (config := genai_config(program, lowered.wholes, provider=provider)) is not None:
             stage.add(FILE, config)
         progress.stage("check")
         check(stage)
@@ -140,9 +155,11 @@ def _proof(
         ProofError: They compute something else.
     """
     own, proved = lowered.weights, dict[str, Any]()
-    quantized = isinstance(own, OwnWeights) and own.form is not None
+    quantized = isinstance(own, OwnWeights) and own.form.approximate
     if isinstance(own, OwnWeights) and quantized:
         proved["weights"] = own.check(path)
+    if own.dtype not in BOUNDS:
+        return {**proved, "onnx": {"skipped": "onnxruntime has no bf16 on a CPU"}}
     if not affords_whole(program, extent):
         return {**proved, "onnx": {"skipped": "two whole models in fp32; --proof whole does it"}}
     progress.stage("compare with torch")
@@ -150,18 +167,18 @@ def _proof(
         model = materialize(unfold(program), dtype=torch.float32)
     else:
         model = loaded(Checkpoint.open(path))
-    bound = None if quantized else BOUND
+    bound = None if quantized else BOUNDS[own.dtype]
     return {**proved, "onnx": prove(path, lowered.wholes, model, bound)}
 
 
-def lower(program: Program, kind: Weights = "stored") -> Lowered:
+def lower(program: Program, form: Form = STORED) -> Lowered:
     """A program's graphs as ONNX; no weight is read.
 
     Raises:
         CaptureError: The model cannot be captured, or an operator has no ONNX.
     """
-    wholes = capture_whole(program, torch.float32)
-    weights = weights_of(program, kind)
+    wholes = capture_whole(program, form.dtype)
+    weights = weights_of(program, form)
     models = {}
     for whole in wholes:
         fuse(whole.graph)
@@ -232,15 +249,18 @@ def verify_onnx(
         ProofError: onnxruntime computes something else.
     """
     raise_all(external_data(artifact.path)[:5])
-    kind = artifact.manifest["onnx"]["weights"]
+    said = artifact.manifest["onnx"]
+    kind = said["weights"]
+    form = Form(kind, said["compute"], said.get("head_bits", 8))
     report: dict[str, Any] = {}
     if kind == "stored":
         progress.stage("compare layers")
         written = Checkpoint.open(artifact.path)
         report["site"] = site_proof(program, watch_file(program, written))
-    return report | _proof(program, artifact.path, lower(program, kind), extent, progress)
+    return report | _proof(program, artifact.path, lower(program, form), extent, progress)
 
 
 def tool_versions() -> dict[str, str]:
     """The versions of what makes and runs the graphs."""
-    return {name: version(name) for name in ("onnx", "onnx-ir", "onnxruntime")}
+    names = "onnx", "onnx-ir", *onnx_needs.RUNTIMES
+    return {name: found for name in names if (found := onnx_needs.installed(name))}

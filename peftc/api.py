@@ -245,7 +245,10 @@ def export(
     format: Literal["safetensors", "onnx", "peft", "adapterhub", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
-    weights: Literal["stored", "fp32", "int8", "int4"] = "stored",
+    weights: Literal["stored", "fp32", "fp16", "bf16", "int8", "int4", "nf4-int8"] = "stored",
+    compute: Literal["fp32", "fp16", "bf16"] | None = None,
+    head_bits: Literal[8, 4] = 8,
+    provider: Literal["cpu", "cuda"] = "cpu",
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
@@ -269,7 +272,10 @@ def export(
             checkpoint that they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
-        weights: With `onnx`; see `to_onnx`.
+        weights: With `onnx`; see `to_onnx`, for the next three too.
+        compute: The float type that the graph computes in.
+        head_bits: Of an output head in `int4`.
+        provider: Whom onnxruntime-genai is to run it by.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
@@ -280,9 +286,14 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
-    if weights != "stored" and format != "onnx":
+    graph: dict[str, Any] = {
+        "weights": weights, "compute": compute, "head_bits": head_bits, "provider": provider
+    }  # fmt: skip
+    usual = {"weights": "stored", "compute": None, "head_bits": 8, "provider": "cpu"}
+    if format != "onnx" and (others := {k: v for k, v in graph.items() if v != usual[k]}):
+        name, item = next(iter(others.items()))
         raise ArtifactError(
-            f"weights={weights!r} is that of ONNX graphs, and the format is {format}",
+            f"{name}={item!r} is that of ONNX graphs, and the format is {format}",
             where=str(target),
             fix='add format="onnx"',
         )
@@ -318,5 +329,5 @@ def export(
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
     if format == "onnx":
-        return to_onnx(program, target, weights=weights, proof=proof, **how)
+        return to_onnx(program, target, **graph, proof=proof, **how)
     return to_safetensors(program, target, proof=proof, head=head, **how)

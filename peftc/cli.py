@@ -129,8 +129,23 @@ def _apply(
 )  # fmt: skip
 @click.option(
     "--weights",
-    type=click.Choice(["stored", "fp32", "int8", "int4"]),
+    type=click.Choice(["stored", "fp32", "fp16", "bf16", "int8", "int4", "nf4-int8"]),
     help="With --format onnx: refer to the merged checkpoint's (stored), or write their own.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="With --format onnx: the float type of the graph and its cache.",
+)
+@click.option(
+    "--head-bits",
+    type=click.Choice(["8", "4"]),
+    help="Of an output head, with --weights int4; 8 is closer, 4 quicker.",
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    help="With --format onnx: whom onnxruntime-genai is to run it by.",
 )
 @click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
@@ -152,6 +167,9 @@ def export(
     canonical: bool,
     rank: int | None,
     weights: Any,
+    compute: Any,
+    head_bits: str | None,
+    provider: Any,
     proof: Any,
     workers: int | None,
     as_json: bool,
@@ -172,8 +190,13 @@ def export(
         raise click.UsageError("--merge-base, --then and --original need --merge.")
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
-    if weights is not None and form != "onnx":
-        raise click.UsageError("--weights is that of ONNX graphs: add --format onnx.")
+    graph = {"weights": weights, "compute": compute, "head_bits": head_bits, "provider": provider}
+    asked = {name: item for name, item in graph.items() if item is not None}
+    if asked and form != "onnx":
+        option = next(iter(asked)).replace("_", "-")
+        raise click.UsageError(f"--{option} is that of ONNX graphs: add --format onnx.")
+    if head_bits is not None:
+        asked["head_bits"] = int(head_bits)
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     from peftc.early import HeadStart
 
@@ -187,8 +210,8 @@ def export(
             artifact = run(
                 src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
                 original=original, force=force, format=form, canonical=canonical, rank=rank,
-                weights=weights or "stored", proof=proof, overwrite=overwrite, workers=workers,
-                progress=progress, head=head,
+                proof=proof, overwrite=overwrite, workers=workers, progress=progress, head=head,
+                **asked,
             )  # fmt: skip
     _say_merge(terminal, artifact.manifest.get("merge"))
     _say_proof(terminal, artifact.manifest.get("proof", {}))
