@@ -30,7 +30,7 @@ def rotate(
         heads: How many lie beside one another.
     """
     if heads is not None:
-        wide = x.unflatten(2, (heads, -1)).transpose(1, 2)
+        wide = x.view(*x.shape[:2], heads, -1).transpose(1, 2)
         return rotate(wide, cos, sin).transpose(1, 2).flatten(2)
     c, s = cos[:, None], sin[:, None]
     a, b = x.chunk(2, -1)
@@ -60,7 +60,7 @@ def attend(
         scale: Of the scores; None for 1 / √size.
     """
     q, k, v = (
-        x.unflatten(2, (count, -1)).transpose(1, 2)
+        x.view(*x.shape[:2], count, -1).transpose(1, 2)
         for x, count in zip((query, key, value), (heads[0], heads[1], heads[1]), strict=True)
     )
     keys, values = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
@@ -149,13 +149,13 @@ def _rotation(graph: fx.Graph, node: fx.Node, halves: dict[fx.Node, fx.Node]) ->
         _take_place(node, graph.call_function(rotate, given))
 
 
-def _attention(graph: fx.Graph, node: fx.Node) -> None:
+def _attention(graph: fx.Graph, node: Any) -> None:
     """Attention over a cache and what is added to it, heads before the sequence only for it."""
     query, key, value, mask, *more = (*node.args, None)[: max(4, len(node.args))]
     if any(more) or set(node.kwargs) - {"scale", "enable_gqa"}:
         return
     grown = [_grown(node, x) for x in (key, value)]
-    (turned,) = node.users if len(node.users) == 1 else (None,)
+    turned: Any = next(iter(node.users)) if len(node.users) == 1 else None
     if None in grown or not _swaps_heads(turned):
         return
     (past_key, new_key), (past_value, new_value) = (x for x in grown if x)
@@ -167,7 +167,6 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
         given = (*flat, mask, past_key, past_value, heads, node.kwargs.get("scale"))
         attended = graph.call_function(attend, given)
         parts = [graph.call_function(operator.getitem, (attended, i)) for i in range(3)]
-    assert turned is not None
     values = turned.meta["val"].flatten(2), key.meta["val"], value.meta["val"]
     for part, val in zip(parts, values, strict=True):
         part.meta = {"val": val, "module": node.meta.get("module")}
@@ -193,7 +192,7 @@ def _grown(user: fx.Node, node: Any) -> tuple[fx.Node, fx.Node] | None:
     return (parts[0], parts[1]) if first and not early else None
 
 
-def _flat(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _flat(graph: fx.Graph, node: Any) -> fx.Node | None:
     """What has heads beside one another where a node (batch, heads, sequence, size) has not."""
     if node.target is rotate and len(node.args) == 3:
         x, cos, sin = node.args

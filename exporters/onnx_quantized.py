@@ -258,8 +258,6 @@ class OwnWeights(StoredWeights):
     def _errors(self, path: Path) -> Iterator[tuple[str, float, float]]:
         """The sums of squares of the errors and of the weights, by weight."""
         file = read_header(path / OWN_FILE)
-        # The furthest code times what its step was rounded by.
-        slack = 128 * torch.finfo(self.dtype).eps
         for name, matrix in self.quantized.items():
             codes, steps = (Leaf(file.tensors[name + suffix]) for suffix in (CODES, STEPS))
             ends = (*matrix.starts[1:], matrix.constant.spec.shape[0])
@@ -268,8 +266,11 @@ class OwnWeights(StoredWeights):
                 step = read(steps, *rows).float().unsqueeze(-1)
                 got = dequantized(read(codes, *rows), step, matrix.bits)
                 want = blocks(_rows(matrix.constant, *rows), got.shape[-1])
-                difference = got - want
-                if not bool((difference.abs() <= step.abs() * (1.001 + slack)).all()):
+                half, difference = 2 ** (matrix.bits - 1), got - want
+                reach = (half - 1) * step.abs()
+                away = (got - want.clamp(-half * step.abs(), half * step.abs())).abs()
+                fits = reach <= want.abs().amax(-1, keepdim=True) * 1.01
+                if not bool((fits & (away <= 1.01 * step.abs())).all()):
                     raise ProofError(
                         "is further than a step from what its codes stand for",
                         where=name,

@@ -174,8 +174,8 @@ def _linear(to: Lowering, node: Any) -> ir.Value:
     given = to.of(x)
     b = None if bias is None else to.of(bias)
     if weight.op == "get_attr":
-        if _beside(to, node):
-            return to.values[node]
+        if (beside := _beside(to, node)) is not None:
+            return beside
         found = to.weights.linear(to, given, str(weight.target), b)
         if found is not None:
             return found
@@ -186,13 +186,21 @@ def _linear(to: Lowering, node: Any) -> ir.Value:
     return to.op("Add", y, b)
 
 
-def _beside(to: Lowering, node: Any) -> bool:
-    """Whether a product is one of several of the same x by one operator, such as q, k and v.
+def _beside(to: Lowering, node: Any) -> ir.Value | None:
+    """A product that is one of several of the same x by one operator, such as q, k and v.
 
     Small products cost more for being called than for what they compute.
     """
-    if node in to.values:
-        return True
+    if node not in to.values:
+        group = _siblings(node)
+        names = [str(other.args[1].target) for other in group]
+        found = to.weights.linears(to, to.of(node.args[0]), names) if len(group) > 2 else None
+        to.values |= dict(zip(group, found or (), strict=False))
+    return to.values.get(node)
+
+
+def _siblings(node: Any) -> list[Any]:
+    """The products, without a bias, of the same x with weights of modules of the same parent."""
     named = {
         other: str(other.args[1].target)
         for other in node.args[0].users
@@ -201,12 +209,8 @@ def _beside(to: Lowering, node: Any) -> bool:
         and not any(other.args[2:])
     }
     path = str(node.args[1].target).rpartition(".")[0].rpartition(".")[0]
-    group = [n for n, name in named.items() if name.startswith(f"{path}.")]
-    if node not in group or len(group) < 3:
-        return False
-    found = to.weights.linears(to, to.of(node.args[0]), [named[n] for n in group])
-    to.values |= dict(zip(group, found or (), strict=False))
-    return found is not None
+    group = [other for other, name in named.items() if name.startswith(f"{path}.")]
+    return group if node in group else []
 
 
 def _addmm(to: Lowering, node: Any) -> ir.Value:

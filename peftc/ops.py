@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+CUT = 0.87  # of the largest value of a block, what 4 bits are made to reach
+
 _library: Any = torch.library.Library("peftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rotate(Tensor x, Tensor blocks) -> Tensor")
 _library.define("skew(Tensor entries, int size) -> Tensor")
@@ -105,14 +107,36 @@ def _uniform_scales(matrix: torch.Tensor, bits: int, block: int, even: bool) -> 
     """The step of each block (out, blocks), fp32.
 
     The value that is largest by size becomes the lowest code, of which there is one more than on
-    the other side of 0; so a step may be negative. Even steps leave that code out, so that both
-    ends of a block that has them are met.
+    the other side of 0; so a step may be negative. Of 4 bits a few are few enough that a smaller
+    step, which cuts the largest values off, is often closer; of two it is the closer one, made to
+    fit its codes best. Even steps leave the lowest code out, so that both ends of a block are met.
     """
     blocks, half = _blocks(matrix, block), 2 ** (bits - 1)
     high, low = blocks.amax(2), blocks.amin(2)
     if even:
         return torch.maximum(high, -low).div_(half - 1)
-    return torch.where(high > -low, high, low).div_(-half)
+    steps = torch.where(high > -low, high, low).div_(-half)
+    if bits == 8:
+        return steps
+    whole, cut = (_fitted(blocks, steps * factor, half) for factor in (1.0, CUT))
+    return torch.where(cut[1] > whole[1], cut[0], whole[0])
+
+
+def _fitted(
+    blocks: torch.Tensor, steps: torch.Tensor, half: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps by least squares, for the codes that given ones lead to; what they explain of w·w."""
+    codes = _rounded(blocks, steps, half)
+    squares = (codes * codes).sum(2)
+    both = codes.mul_(blocks).sum(2)
+    fitted = torch.where(squares == 0, steps, both / squares)
+    return fitted, both * fitted
+
+
+def _rounded(blocks: torch.Tensor, steps: torch.Tensor, half: int) -> torch.Tensor:
+    """The nearest whole number of steps, as fp32."""
+    inverse = torch.where(steps == 0, 0.0, 1 / steps).unsqueeze(-1)
+    return (blocks * inverse).round_().clamp_(-half, half - 1)
 
 
 def _uniform_codes(matrix: torch.Tensor, bits: int, block: int, even: bool) -> torch.Tensor:
@@ -120,11 +144,8 @@ def _uniform_codes(matrix: torch.Tensor, bits: int, block: int, even: bool) -> t
 
     They are what ONNX Runtime's MatMulNBits reads; without zero points it takes half for 0.
     """
-    half = 2 ** (bits - 1)
-    steps = _uniform_scales(matrix, bits, block, even).unsqueeze(-1)
-    inverse = torch.where(steps == 0, 0.0, 1 / steps)
-    codes = _blocks(matrix, block) * inverse
-    whole = codes.round_().add_(half).clamp_(0, 2 * half - 1).to(torch.uint8)
+    half, steps = 2 ** (bits - 1), _uniform_scales(matrix, bits, block, even)
+    whole = _rounded(_blocks(matrix, block), steps, half).add_(half).to(torch.uint8)
     if bits == 8:
         return whole
     pairs = whole.view(torch.int16)  # two neighbours, the first in the low byte
