@@ -19,16 +19,24 @@ TYPE = "llama"  # its word for any decoder over a cache of keys and values
 SEARCH = {
     "do_sample": False, "early_stopping": True, "length_penalty": 1.0, "min_length": 0,
     "no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1,
-    "past_present_share_buffer": False, "repetition_penalty": 1.0, "temperature": 1.0,
+    "repetition_penalty": 1.0, "temperature": 1.0,
     "top_k": 1, "top_p": 1.0,
 }  # fmt: skip
 
 
-def genai_config(program: Program, wholes: list[Whole], provider: Provider = "cpu") -> bytes | None:
+def genai_config(
+    program: Program, wholes: list[Whole], provider: Provider = "cpu", shared: bool = False
+) -> bytes | None:
     """The file's content, or None for a model that onnxruntime-genai does not run so.
 
     It runs decoders whose layers all have the same heads, that number positions by an input, and
     that end their texts by a token.
+
+    Args:
+        program: What is written.
+        wholes: Its graphs.
+        provider: Whom it runs them by.
+        shared: Whether it keeps their cache.
     """
     whole = wholes[0]
     names = {port.name for port in whole.inputs}
@@ -81,7 +89,8 @@ def genai_config(program: Program, wholes: list[Whole], provider: Provider = "cp
         "pad_token_id": (pad or ends)[0],
         "decoder": decoder,
     }
-    return as_json({"model": model, "search": {**SEARCH, "max_length": length}})
+    search = {**SEARCH, "max_length": length, "past_present_share_buffer": shared}
+    return as_json({"model": model, "search": search})
 
 
 def _ids(given: Any) -> list[int]:

@@ -78,6 +78,7 @@ class Lowering:
         self.values: dict[fx.Node, Any] = {}
         self.module = ""  # that is being lowered
         self._constants: dict[Any, ir.Value] = {}
+        self._made: dict[Any, ir.Value] = {}
         self._casts: dict[tuple[ir.Value, torch.dtype], ir.Value] = {}
         self._counts = {port.name: 0 for port in (*whole.inputs, *whole.outputs)}
         self._dtypes = {
@@ -206,6 +207,18 @@ class Lowering:
             name = self._unique("constant")
             self._constants[key] = self.held(name, torch.tensor(item, dtype=dtype))
         return self._constants[key]
+
+    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+        """A value that is made where it is first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def input(self, name: str) -> ir.Value:
+        """An input of the graph."""
+        found = next(node for node in self.values if node.target == name)
+        value: ir.Value = self.values[found]
+        return value
 
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         """A value in another dtype; cast once."""

@@ -28,6 +28,7 @@ from peftc.safetensors_file import read_header
 
 Weights = Literal["stored", "fp32", "fp16", "bf16", "int8", "int4", "nf4-int8"]
 Compute = Literal["fp32", "fp16", "bf16"]
+Cache = Literal["grown", "shared"]
 BITS = {"int8": 8, "int4": 4, "nf4-int8": 8}
 HEAD_BITS = (8, 4)
 BLOCK, LARGEST_BLOCK = 32, 128
@@ -46,11 +47,14 @@ class Form:
             one of their own, else fp32.
         head_bits: Of an output head, where linear layers are quantized: it decides between tokens,
             and is read once a token.
+        cache: Whether keys and values are copied into a longer cache at every run, or kept by the
+            runtime (see `onnx_grouped`).
     """
 
     weights: Weights = "stored"
     compute: Compute | None = None
     head_bits: int = HEAD_BITS[0]
+    cache: Cache = "grown"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,13 +12,13 @@ import torch
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
-from peftc.exporters import onnx_needs
+from peftc.exporters import onnx_grouped, onnx_needs
 from peftc.exporters.onnx_fusing import fuse
 from peftc.exporters.onnx_genai import FILE, Provider, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
 from peftc.exporters.onnx_proof import BOUNDS, prove
-from peftc.exporters.onnx_quantized import Compute, Form, OwnWeights, Weights, weights_of
+from peftc.exporters.onnx_quantized import Cache, Compute, Form, OwnWeights, Weights, weights_of
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_weights import StoredWeights
 from peftc.exporters.to_safetensors import folders, manifest, states, write_model
@@ -36,6 +36,7 @@ STORED = Form()
 class Lowered:
     """A program's graphs, and where their constants lie."""
 
+    form: Form
     wholes: list[Whole]
     models: dict[str, onnx_ir.Model]
     weights: StoredWeights
@@ -55,6 +56,7 @@ def to_onnx(
     weights: Weights = "stored",
     compute: Compute | None = None,
     head_bits: int = 8,
+    cache: Cache = "grown",
     provider: Provider = "cpu",
     overwrite: bool = False,
     proof: Extent = "auto",
@@ -78,6 +80,9 @@ def to_onnx(
         compute: The float type of the graph, its cache too: `fp32`, `fp16` or `bf16`; default: that
             of `weights`, or fp32. Logits are fp32 always.
         head_bits: Of an output head, 8 or 4, where `weights` are `int4`.
+        cache: `grown` by every run; or `shared`, into which onnxruntime-genai writes a token's keys
+            and values without copying those before: quicker in long texts, of which several go on
+            together only token by token.
         provider: Whom onnxruntime-genai is to run it by: `cpu` or `cuda`.
         overwrite: Replace an artifact that peftc wrote there.
         proof: `sites` compares each rewritten site; `whole` also what onnxruntime computes with
@@ -100,7 +105,7 @@ def to_onnx(
             fix="merge it (--merge), or write it with --format peft",
         )
     onnx_needs.check()
-    form = Form(weights, compute, head_bits)
+    form = Form(weights, compute, head_bits, cache)
     form.check(program)
     target = Path(target)
     before = states(program)
@@ -120,7 +125,11 @@ def to_onnx(
         link(program, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
-        if (config := genai_config(program, lowered.wholes, provider=provider)) is not None:
+        if (
+            config := genai_config(
+                program, lowered.wholes, provider=provider, shared=cache == "shared"
+            )
+        ) is not None:
             stage.add(FILE, config)
         progress.stage("check")
         check(stage)
@@ -138,6 +147,7 @@ def to_onnx(
         report = {
             "opset": OPSET,
             **lowered.weights.report,
+            "cache": cache,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
         more = {"proof": proved, "onnx": report, **(remarks or {})}
@@ -167,8 +177,9 @@ def _proof(
         model = materialize(unfold(program), dtype=torch.float32)
     else:
         model = loaded(Checkpoint.open(path))
+    shared = lowered.form.cache == "shared"
     bound = None if quantized else BOUNDS[own.dtype]
-    return {**proved, "onnx": prove(path, lowered.wholes, model, bound)}
+    return {**proved, "onnx": prove(path, lowered.wholes, model, bound, shared)}
 
 
 def lower(program: Program, form: Form = STORED) -> Lowered:
@@ -179,12 +190,15 @@ def lower(program: Program, form: Form = STORED) -> Lowered:
     """
     wholes = capture_whole(program, form.dtype)
     weights = weights_of(program, form)
+    table = TABLE if form.cache == "grown" else {**TABLE, **onnx_grouped.GROUPED}
     models = {}
     for whole in wholes:
         fuse(whole.graph)
-        models[f"{whole.name}.onnx"] = Lowering(whole, weights, TABLE).model()
+        if form.cache == "shared":
+            onnx_grouped.check(whole)
+        models[f"{whole.name}.onnx"] = Lowering(whole, weights, table).model()
     weights.bind()
-    return Lowered(wholes, models, weights)
+    return Lowered(form, wholes, models, weights)
 
 
 def _described(lowered: Lowered, name: str) -> dict[str, Any]:
@@ -251,7 +265,7 @@ def verify_onnx(
     raise_all(external_data(artifact.path)[:5])
     said = artifact.manifest["onnx"]
     kind = said["weights"]
-    form = Form(kind, said["compute"], said.get("head_bits", 8))
+    form = Form(kind, said["compute"], said.get("head_bits", 8), said["cache"])
     report: dict[str, Any] = {}
     if kind == "stored":
         progress.stage("compare layers")

@@ -248,6 +248,7 @@ def export(
     weights: Literal["stored", "fp32", "fp16", "bf16", "int8", "int4", "nf4-int8"] = "stored",
     compute: Literal["fp32", "fp16", "bf16"] | None = None,
     head_bits: Literal[8, 4] = 8,
+    cache: Literal["grown", "shared"] = "grown",
     provider: Literal["cpu", "cuda"] = "cpu",
     proof: Extent = "auto",
     overwrite: bool = False,
@@ -272,9 +273,10 @@ def export(
             checkpoint that they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
-        weights: With `onnx`; see `to_onnx`, for the next three too.
+        weights: With `onnx`; see `to_onnx`, for the next four too.
         compute: The float type that the graph computes in.
         head_bits: Of an output head in `int4`.
+        cache: Whether the runtime keeps keys and values.
         provider: Whom onnxruntime-genai is to run it by.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
@@ -286,10 +288,15 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
-    graph: dict[str, Any] = {
-        "weights": weights, "compute": compute, "head_bits": head_bits, "provider": provider
-    }  # fmt: skip
-    usual = {"weights": "stored", "compute": None, "head_bits": 8, "provider": "cpu"}
+    usual = {
+        "weights": "stored",
+        "compute": None,
+        "head_bits": 8,
+        "cache": "grown",
+        "provider": "cpu",
+    }
+    given = weights, compute, head_bits, cache, provider
+    graph: dict[str, Any] = dict(zip(usual, given, strict=True))
     if format != "onnx" and (others := {k: v for k, v in graph.items() if v != usual[k]}):
         name, item = next(iter(others.items()))
         raise ArtifactError(
@@ -329,5 +336,5 @@ def export(
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
     if format == "onnx":
-        return to_onnx(program, target, **graph, proof=proof, **how)
+        return to_onnx(program, target, proof=proof, **how, **graph)
     return to_safetensors(program, target, proof=proof, head=head, **how)

@@ -143,6 +143,11 @@ def _apply(
     help="Of an output head, with --weights int4; 8 is closer, 4 quicker.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(["grown", "shared"]),
+    help="With --format onnx: shared lets onnxruntime-genai keep it; quicker in long texts.",
+)
+@click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
     help="With --format onnx: whom onnxruntime-genai is to run it by.",
@@ -169,6 +174,7 @@ def export(
     weights: Any,
     compute: Any,
     head_bits: str | None,
+    cache: Any,
     provider: Any,
     proof: Any,
     workers: int | None,
@@ -190,7 +196,8 @@ def export(
         raise click.UsageError("--merge-base, --then and --original need --merge.")
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
-    graph = {"weights": weights, "compute": compute, "head_bits": head_bits, "provider": provider}
+    graph = {"weights": weights, "compute": compute, "head_bits": head_bits, "cache": cache,
+             "provider": provider}  # fmt: skip
     asked = {name: item for name, item in graph.items() if item is not None}
     if asked and form != "onnx":
         option = next(iter(asked)).replace("_", "-")
