@@ -24,6 +24,7 @@ from peftc.exporters.onnx_shapes import SHAPES
 from peftc.normal import operator_of, owner
 from peftc.whole import Whole
 
+EIGHT = 8  # of which the operator wants multiples
 FIX = "leave the cache to grow (cache='grown', --cache grown)"
 
 
@@ -40,6 +41,13 @@ def check(whole: Whole) -> None:
         raise ArtifactError(
             "attends to more than one cache of keys and values, which the runtime cannot keep",
             where=owner(others[0]) if others else whole.name,
+            fix=FIX,
+        )
+    sizes = {port.dims[-1] for port in whole.inputs if "past" in port.dims}
+    if uneven := [size for size in sizes if int(size) % EIGHT]:
+        raise ArtifactError(
+            f"its heads have {uneven[0]} features, and GroupQueryAttention takes multiples of 8",
+            where=whole.name,
             fix=FIX,
         )
     returned = next(n for n in reversed(whole.graph.nodes) if n.op == "output").args[0]

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from peftc import __version__, registry
-from peftc.cli_options import PassGroup, adapters, describe
+from peftc.cli_options import PassGroup, adapters, asked_of_graph, describe
 from peftc.cli_options import common as _common
+from peftc.cli_options import graph as _graph
 from peftc.cli_options import needed as _needed
 from peftc.cli_options import output as _output
 from peftc.cli_plan import plan
@@ -127,31 +128,7 @@ def _apply(
     "--rank", type=click.IntRange(1),
     help="Of the canonical LoRA; what does not fit is cut off, and the error printed.",
 )  # fmt: skip
-@click.option(
-    "--weights",
-    type=click.Choice(["stored", "fp32", "fp16", "bf16", "int8", "int4", "nf4-int8"]),
-    help="With --format onnx: refer to the merged checkpoint's (stored), or write their own.",
-)
-@click.option(
-    "--compute",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="With --format onnx: the float type of the graph and its cache.",
-)
-@click.option(
-    "--head-bits",
-    type=click.Choice(["8", "4"]),
-    help="Of an output head, with --weights int4; 8 is closer, 4 quicker.",
-)
-@click.option(
-    "--cache",
-    type=click.Choice(["grown", "shared"]),
-    help="With --format onnx: shared lets onnxruntime-genai keep it; quicker in long texts.",
-)
-@click.option(
-    "--provider",
-    type=click.Choice(["cpu", "cuda"]),
-    help="With --format onnx: whom onnxruntime-genai is to run it by.",
-)
+@_graph
 @click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
     help="Compare each rewritten layer (sites), the logits too (whole), or that if small (auto).",
@@ -171,15 +148,11 @@ def export(
     form: Any,
     canonical: bool,
     rank: int | None,
-    weights: Any,
-    compute: Any,
-    head_bits: str | None,
-    cache: Any,
-    provider: Any,
     proof: Any,
     workers: int | None,
     as_json: bool,
     quiet: bool,
+    **graph: Any,
 ) -> None:
     """Make an artifact of SRC, with a measured proof.
 
@@ -196,14 +169,7 @@ def export(
         raise click.UsageError("--merge-base, --then and --original need --merge.")
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
-    graph = {"weights": weights, "compute": compute, "head_bits": head_bits, "cache": cache,
-             "provider": provider}  # fmt: skip
-    asked = {name: item for name, item in graph.items() if item is not None}
-    if asked and form != "onnx":
-        option = next(iter(asked)).replace("_", "-")
-        raise click.UsageError(f"--{option} is that of ONNX graphs: add --format onnx.")
-    if head_bits is not None:
-        asked["head_bits"] = int(head_bits)
+    asked = asked_of_graph(graph, form)
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     from peftc.early import HeadStart
 
