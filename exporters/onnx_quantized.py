@@ -96,21 +96,21 @@ class Matrix:
         constant: (out, in).
         bits: Of a weight.
         block: Neighbours of a row that share a step.
-        even: Whether codes reach as far on both sides of 0, as NF4's do.
+        reach: How far codes go, as `peftc::uniform_scales` has it.
         starts: The first row of each that it is made of.
     """
 
     constant: Constant
     bits: int
     block: int
-    even: bool
+    reach: str
     starts: tuple[int, ...] = (0,)
 
     def part(self, kind: str, dtype: torch.dtype) -> Constant:
         """Its `codes` or `scales`."""
         build = Builder()
         made = operator(f"peftc.uniform_{kind}.default")
-        given = build.const("matrix"), self.bits, self.block, self.even
+        given = build.const("matrix"), self.bits, self.block, self.reach
         build.graph.output(build.op(made, *given))
         return derive(build.graph, {"matrix": self.constant}, dtype)
 
@@ -155,7 +155,7 @@ class OwnWeights(StoredWeights):
     ) -> tuple[ir.Value, ...] | None:
         found = [matrix for name in names if (matrix := self._matrix(name, False))]
         named = [self.name(name) for name in names]
-        alike = len({(m.bits, m.block, m.even) for m in found}) == 1
+        alike = len({(m.bits, m.block, m.reach) for m in found}) == 1
         if len(found) < len(names) or not alike or (name := joint_name(named)) is None:
             return None
         build, first = Builder(), found[0]
@@ -164,7 +164,7 @@ class OwnWeights(StoredWeights):
         build.graph.output(build.op(operator("aten.cat.default"), parts))
         counts = [matrix.constant.spec.shape[0] for matrix in found]
         joined = Matrix(
-            derive(build.graph, weights, torch.float32), first.bits, first.block, first.even,
+            derive(build.graph, weights, torch.float32), first.bits, first.block, first.reach,
             tuple(accumulate(counts[:-1], initial=0)),
         )  # fmt: skip
         y = self._product(lowering, x, name, joined)
@@ -196,18 +196,19 @@ class OwnWeights(StoredWeights):
         constant, kind = self.program.constants[self.name(name)], self.form.weights
         if kind not in BITS or len(constant.spec.shape) != 2:
             return None
-        block, even = BLOCK, kind == "nf4-int8"
-        if even:
-            if not isinstance(constant, Packed):
-                return None
-            block = min(constant.format.block_size, LARGEST_BLOCK)
         head = self.name(name) == self.name(f"{self.program.head}.weight")
         bits = max(BITS[kind], self.form.head_bits) if head else BITS[kind]
+        # A head's largest values matter most: with fitted steps it answers worse.
+        block, reach = BLOCK, "fitted" if bits == 4 and not head else "full"
+        if kind == "nf4-int8":
+            if not isinstance(constant, Packed):
+                return None
+            block, reach = min(constant.format.block_size, LARGEST_BLOCK), "even"
         if turned:
             build = Builder()
             build.graph.output(build.t(build.const("weight")))
             constant = derive(build.graph, {"weight": constant}, torch.float32)
-        return Matrix(constant, bits, block, even)
+        return Matrix(constant, bits, block, reach)
 
     def _initializers(
         self, lowering: Lowering, name: str, matrix: Matrix

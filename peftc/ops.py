@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-CUT = 0.87  # of the largest value of a block, what 4 bits are made to reach
+CUT = 0.87  # of the largest value of a block, what fitted steps may reach
 
 _library: Any = torch.library.Library("peftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rotate(Tensor x, Tensor blocks) -> Tensor")
@@ -24,8 +24,8 @@ _library.define("gate(Tensor mix, int column, Tensor like) -> Tensor")
 _library.define("route(Tensor logits, int? top, int dim) -> Tensor")
 _library.define("lstm(Tensor x, Tensor[] weights) -> Tensor")
 _library.define("cayley(Tensor skew, int terms) -> Tensor")
-_library.define("uniform_codes(Tensor matrix, int bits, int block, bool even) -> Tensor")
-_library.define("uniform_scales(Tensor matrix, int bits, int block, bool even) -> Tensor")
+_library.define("uniform_codes(Tensor matrix, int bits, int block, str reach) -> Tensor")
+_library.define("uniform_scales(Tensor matrix, int bits, int block, str reach) -> Tensor")
 
 
 def _rotate(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -103,20 +103,24 @@ def _blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
     return rows.reshape(matrix.shape[0], -1, size)
 
 
-def _uniform_scales(matrix: torch.Tensor, bits: int, block: int, even: bool) -> torch.Tensor:
+def _uniform_scales(matrix: torch.Tensor, bits: int, block: int, reach: str) -> torch.Tensor:
     """The step of each block (out, blocks), fp32.
 
-    The value that is largest by size becomes the lowest code, of which there is one more than on
-    the other side of 0; so a step may be negative. Of 4 bits a few are few enough that a smaller
-    step, which cuts the largest values off, is often closer; of two it is the closer one, made to
-    fit its codes best. Even steps leave the lowest code out, so that both ends of a block are met.
+    Args:
+        matrix: (out, in).
+        bits: Of a code.
+        block: Neighbours of a row that share a step.
+        reach: `full` makes the value that is largest by size the lowest code, of which there is one
+            more than on the other side of 0, so that a step may be negative; `even` leaves that
+            code out, so that both ends of a block are met; `fitted` takes, of the full step and one
+            that cuts the largest values off, the closer one, made to fit its codes best.
     """
     blocks, half = _blocks(matrix, block), 2 ** (bits - 1)
     high, low = blocks.amax(2), blocks.amin(2)
-    if even:
+    if reach == "even":
         return torch.maximum(high, -low).div_(half - 1)
     steps = torch.where(high > -low, high, low).div_(-half)
-    if bits == 8:
+    if reach == "full":
         return steps
     whole, cut = (_fitted(blocks, steps * factor, half) for factor in (1.0, CUT))
     return torch.where(cut[1] > whole[1], cut[0], whole[0])
@@ -139,12 +143,12 @@ def _rounded(blocks: torch.Tensor, steps: torch.Tensor, half: int) -> torch.Tens
     return (blocks * inverse).round_().clamp_(-half, half - 1)
 
 
-def _uniform_codes(matrix: torch.Tensor, bits: int, block: int, even: bool) -> torch.Tensor:
+def _uniform_codes(matrix: torch.Tensor, bits: int, block: int, reach: str) -> torch.Tensor:
     """The codes of each block (out, blocks, bytes): steps plus half their number, low bits first.
 
     They are what ONNX Runtime's MatMulNBits reads; without zero points it takes half for 0.
     """
-    half, steps = 2 ** (bits - 1), _uniform_scales(matrix, bits, block, even)
+    half, steps = 2 ** (bits - 1), _uniform_scales(matrix, bits, block, reach)
     whole = _rounded(_blocks(matrix, block), steps, half).add_(half).to(torch.uint8)
     if bits == 8:
         return whole

@@ -27,6 +27,7 @@ from .conftest import MakeAdapter, MakeCheckpoint, Tied, auto
 from .test_onnx import Runner, compare
 
 uniform: Any = torch.ops.peftc
+REACH = {8: "full", 4: "fitted"}
 
 
 def kinds(path: Path) -> list[str]:
@@ -37,8 +38,8 @@ def kinds(path: Path) -> list[str]:
 def matmul(x: torch.Tensor, weight: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     """x·Wᵀ by onnxruntime, of the weight in steps; accuracy level 1 multiplies in fp32."""
     given = {
-        "codes": uniform.uniform_codes(weight, bits, block, False),
-        "steps": uniform.uniform_scales(weight, bits, block, False),
+        "codes": uniform.uniform_codes(weight, bits, block, REACH[bits]),
+        "steps": uniform.uniform_scales(weight, bits, block, REACH[bits]),
     }
     values = [
         onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array.numpy(), name=name))
@@ -75,7 +76,7 @@ def test_codes_and_steps_are_what_the_runtime_reads(
     weight[0] = 0  # a block without a step
     x = torch.randn(3, inner, generator=generator)
     codes, steps = (
-        f(weight, bits, block, False) for f in (uniform.uniform_codes, uniform.uniform_scales)
+        f(weight, bits, block, REACH[bits]) for f in (uniform.uniform_codes, uniform.uniform_scales)
     )
     stands = dequantized(codes, steps.unsqueeze(-1), bits)
     reach = steps.abs().unsqueeze(-1) * 2 ** (bits - 1)  # 4 bits may cut the largest values off
@@ -88,13 +89,15 @@ def test_codes_and_steps_are_what_the_runtime_reads(
 def test_codes_are_the_nearest_and_the_largest_value_is_met_in_8_bits() -> None:
     weight = torch.tensor([[-128.0, 127.0, 3.4, -3.4, 0.6, 0.0, 128.0, 1.0] * 2])
     codes, steps = (
-        f(weight, 8, 16, False) for f in (uniform.uniform_codes, uniform.uniform_scales)
+        f(weight, 8, 16, "full") for f in (uniform.uniform_codes, uniform.uniform_scales)
     )
     assert steps.item() == 1
     got = dequantized(codes, steps.unsqueeze(-1), 8).flatten()[:8]
     assert got.tolist() == [-128, 127, 3, -3, 1, 0, 127, 1]
-    even = uniform.uniform_scales(weight, 8, 16, True)
-    ends = dequantized(uniform.uniform_codes(weight, 8, 16, True), even.unsqueeze(-1), 8).flatten()
+    even = uniform.uniform_scales(weight, 8, 16, "even")
+    ends = dequantized(
+        uniform.uniform_codes(weight, 8, 16, "even"), even.unsqueeze(-1), 8
+    ).flatten()
     assert (ends[0].item(), ends[6].item()) == (-128, 128)
 
 
