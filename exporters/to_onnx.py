@@ -265,7 +265,7 @@ def verify_onnx(
     raise_all(external_data(artifact.path)[:5])
     said = artifact.manifest["onnx"]
     kind = said["weights"]
-    form = Form(kind, said["compute"], said.get("head_bits", 8), said["cache"])
+    form = Form(kind, said.get("compute"), said.get("head_bits", 8), said.get("cache", "grown"))
     report: dict[str, Any] = {}
     if kind == "stored":
         progress.stage("compare layers")

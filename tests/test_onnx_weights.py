@@ -107,12 +107,12 @@ def test_steps_of_4_bits_are_closer_than_those_that_reach_the_largest_value() ->
     largest = parts.gather(2, parts.abs().argmax(2, keepdim=True))
     plain = (parts * -8 / largest).round().clamp(-8, 7) * largest / -8
     codes, steps = (
-        f(weight, 4, 32, False) for f in (uniform.uniform_codes, uniform.uniform_scales)
+        f(weight, 4, 32, "fitted") for f in (uniform.uniform_codes, uniform.uniform_scales)
     )
     error, before = (
         (x - parts).norm() for x in (dequantized(codes, steps.unsqueeze(-1), 4), plain)
     )
-    assert error < 0.93 * before
+    assert error < 0.97 * before
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
