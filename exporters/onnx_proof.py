@@ -37,6 +37,7 @@ def prove(
     wholes: Sequence[Whole],
     model: nn.Module,
     bound: float | None = BOUND,
+    adapters: Mapping[str, Path] | None = None,
     shared: bool = False,
 ) -> dict[str, Any]:
     """Compares the graphs of a directory with a model in eager torch.
@@ -47,6 +48,7 @@ def prove(
         model: What they must equal, in fp32 whatever they compute in.
         bound: On the largest difference over the largest value; None for graphs whose weights are
             quantized, of which the difference is only measured.
+        adapters: The file of the adapter that is in each graph's slots, by the graph's file.
         shared: Their cache is the runtime's, so that several texts go on only token by token.
 
     Raises:
@@ -57,9 +59,11 @@ def prove(
     shapes += [TOKENWISE] if shared else []
     for call in calls(model):
         whole = next(whole for whole in wholes if whole.name == call.name)
-        figures[f"{whole.name}.onnx"] = _compare(
-            path / f"{whole.name}.onnx", whole, call, model, bound, shapes
-        )
+        file = path / f"{whole.name}.onnx"
+        graph = session(file)
+        if adapter := (adapters or {}).get(file.name):
+            graph = Adapted(graph, adapter)
+        figures[file.name] = _compare(graph, file.name, whole, call, model, bound, shapes)
         gc.collect()
     return {"bound": bound, "input": "random, seed 0", "shapes": shapes, **figures}
 
@@ -79,15 +83,34 @@ def session(path: Path, threads: int = 0) -> Any:
         ) from error
 
 
+class Adapted:
+    """A session with an adapter in its slots at every run.
+
+    Args:
+        graph: The session.
+        file: An `.onnx_adapter` file.
+    """
+
+    def __init__(self, graph: Any, file: Path) -> None:
+        self.graph, self.options = graph, onnxruntime.RunOptions()
+        self.adapter = onnxruntime.LoraAdapter()  # which the options refer to
+        self.adapter.Load(str(file))
+        self.options.add_active_adapter(self.adapter)
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Any]) -> Any:
+        """As the session's own."""
+        return self.graph.run(outputs, given, self.options)
+
+
 def _compare(
-    path: Path,
+    graph: Any,
+    file: str,
     whole: Whole,
     call: Call,
     model: nn.Module,
     bound: float | None,
     shapes: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-    graph = session(path)
     generator = torch.Generator().manual_seed(0)
     worst: dict[str, Any] = {"relative_error": -1.0}
     for batch, past, now in shapes:
@@ -102,7 +125,7 @@ def _compare(
             raise ProofError(
                 f"onnxruntime fails at {batch} texts, {past} tokens before and {now} now: "
                 f"{_line(error)}",
-                where=path.name,
+                where=file,
                 fix="nothing was published; this is a bug of peftc, please report it",
             ) from error
         if bound is None:  # of an approximation, what it answers
@@ -115,7 +138,7 @@ def _compare(
                     f"{name} differs from eager torch's by {figures['relative_error']:.2e} of its "
                     f"largest value (bound {bound}) at {batch} texts, {past} tokens before and "
                     f"{now} now",
-                    where=path.name,
+                    where=file,
                     fix="nothing was published; this is a bug of peftc, please report it",
                 )
             if figures["relative_error"] >= worst["relative_error"]:
