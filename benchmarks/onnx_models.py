@@ -1,10 +1,11 @@
 """SmolLM2-135M with a LoRA merged, as ONNX: peftc beside onnxruntime-genai's builder and torch.
 
 Export: seconds of the whole process, start and imports included, and its peak resident memory.
-Speed: onnxruntime-genai on every model in turn, one thread, medians; prefill of 128 tokens, then 32
-tokens decoded one by one.
+Answers: of a text's tokens, the logits in plain onnxruntime beside those of peftc's fp32 graph.
+Speed: onnxruntime-genai on every model in turn, one thread, medians; a prefill, then tokens decoded
+one by one; PEFT unmerged in eager torch likewise.
 
-    python benchmarks/onnx_models.py --rounds 3 [--slow]
+    python benchmarks/onnx_models.py [--rounds 3] [--exports 1] [--prefill 128] [--slow]
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import merge
+import numpy as np
 
-PREFILL, DECODE = 128, 32
+TEXT_TOKENS = 256
 
 ADAPTER = """
 import sys, torch, peft
@@ -81,6 +84,47 @@ print(json.dumps(once()))
 """
 
 
+EAGER = """
+import json, sys, time, torch, peft
+from transformers import AutoModelForCausalLM
+base, adapter, prefill, decode = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+model = peft.PeftModel.from_pretrained(model, adapter).eval()
+@torch.no_grad()
+def once():
+    ids = torch.tensor([[(7 * i) % 4000 + 20 for i in range(prefill)]])
+    start = time.perf_counter()
+    cache = None
+    for step in range(decode + 1):
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        if step == 0:
+            middle = time.perf_counter()
+    return middle - start, (time.perf_counter() - middle) / decode
+once()
+print(json.dumps(once()))
+"""
+ANSWERS = """
+import json, sys
+import numpy as np, onnxruntime
+from transformers import AutoTokenizer
+folder, tokens, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+text = open("docs/architecture.md").read()
+ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="np")["input_ids"][:, :tokens]
+session = onnxruntime.InferenceSession(folder + "/model.onnx")
+heads = json.load(open(folder + "/genai_config.json"))["model"]["decoder"]
+given = {"input_ids": ids.astype(np.int64), "attention_mask": np.ones(ids.shape, np.int64)}
+for port in session.get_inputs():
+    if port.name == "position_ids":
+        given[port.name] = np.arange(ids.shape[1])[None]
+    elif port.name.startswith("past"):
+        shape = 1, heads["num_key_value_heads"], 0, heads["head_size"]
+        given[port.name] = np.zeros(shape, np.float32)
+np.save(out, session.run(["logits"], given)[0][0])
+"""
+
+
 def script(code: str, *args: object) -> list[str]:
     return [sys.executable, "-c", code, *map(str, args)]
 
@@ -98,16 +142,28 @@ def size(folder: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def speed(folder: Path) -> list[float]:
+def ran(command: list[str]) -> list[float]:
     """Seconds of a prefill, and of a token behind it."""
-    done = subprocess.run(script(SPEED, folder, PREFILL, DECODE), capture_output=True, check=True)
+    done = subprocess.run(command, capture_output=True, check=True)
     seconds: list[float] = json.loads(done.stdout)
     return seconds
 
 
+def answers(folder: Path) -> np.ndarray[Any, Any]:
+    """Log-probabilities (tokens, vocabulary)."""
+    file = folder / "logits.npy"
+    subprocess.run(script(ANSWERS, folder, TEXT_TOKENS, file), capture_output=True, check=True)
+    logits = np.load(file)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 def main() -> None:
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--rounds", type=int, default=3, help="of the speeds")
+    arguments.add_argument("--exports", type=int, default=1, help="rounds of the exports")
+    arguments.add_argument("--prefill", type=int, default=128)
+    arguments.add_argument("--decode", type=int, default=32)
     arguments.add_argument("--slow", action="store_true", help="torch.onnx.export too (minutes)")
     given = arguments.parse_args()
     from peftc.demo_model import demo_checkpoint
@@ -115,51 +171,77 @@ def main() -> None:
     base = demo_checkpoint("float32")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        adapter, merged = work / "adapter", work / "merged"
+        adapter, merged, nf4 = work / "adapter", work / "merged", work / "nf4"
         merge.timed(script(ADAPTER, base, adapter), work / "none")
         merging = script(PEFT_MERGE, base, adapter, merged)
+        peftc = [sys.executable, "-m", "peftc"]
+        export = [*peftc, "export", "--format", "onnx", "-q"]
+        ours = [*export, str(base), "--merge", "--adapter", str(adapter)]
+        in_nf4 = [*peftc, "apply", str(merged), "-q", "--overwrite", "-o", str(nf4), "nf4"]
+        outs: dict[str, Path] = {}
+        jobs: dict[str, list[str]] = {}
 
-        def peftc(*more: str) -> list[str]:
-            return [sys.executable, "-m", "peftc", "export", str(base), "--merge", "--adapter",
-                    str(adapter), "--format", "onnx", "-q", *more]  # fmt: skip
+        def add(label: str, *command: str) -> None:
+            outs[label] = work / f"out-{len(outs)}"
+            jobs[label] = [*command, "-o", str(outs[label])]
 
-        def builder(precision: str, out: Path) -> list[str]:
+        def build(precision: str) -> list[str]:
             module = "onnxruntime_genai.models.builder"
-            where = ["-i", str(merged), "-o", str(out), "-c", str(work / "cache")]
-            build = [sys.executable, "-m", module, *where, "-p", precision, "-e", "cpu"]
-            return chained(merging, build)
+            where = ["-i", str(merged), "-c", str(work / "cache")]
+            return [sys.executable, "-m", module, *where, "-p", precision, "-e", "cpu"]
 
-        outs = {label: work / label.replace(" ", "-") for label in (
-            "peftc", "peftc, proven", "builder fp32", "peftc int4", "builder int4")}  # fmt: skip
-        jobs = {
-            "peftc": [*peftc("--proof", "sites"), "-o", str(outs["peftc"])],
-            "peftc, proven": [*peftc(), "-o", str(outs["peftc, proven"])],
-            "builder fp32": builder("fp32", outs["builder fp32"]),
-            "peftc int4": [*peftc("--weights", "int4", "--proof", "sites"), "-o",
-                           str(outs["peftc int4"])],
-            "builder int4": builder("int4", outs["builder int4"]),
-        }  # fmt: skip
+        sites = "--proof", "sites"
+        add("peftc", *ours, *sites)
+        add("peftc, proven", *ours)
+        add("peftc, cache shared", *ours, *sites, "--cache", "shared")
+        add("builder fp32", *build("fp32"))
+        add("peftc int8", *ours, *sites, "--weights", "int8")
+        add("peftc int4", *ours, *sites, "--weights", "int4")
+        quick = "--head-bits", "4", "--cache", "shared"
+        add("peftc int4, head 4, shared", *ours, *sites, "--weights", "int4", *quick)
+        add("builder int4", *build("int4"))
+        add("peftc nf4", *export, str(nf4), *sites)
+        add("peftc nf4-int8", *export, str(nf4), *sites, "--weights", "nf4-int8")
+        for label in jobs:
+            if label.startswith("builder"):
+                jobs[label] = chained(merging, jobs[label])
+            elif label == "peftc nf4":
+                jobs[label] = chained(in_nf4, jobs[label])
         if given.slow:
             outs["torch.onnx.export"] = work / "torch"
             jobs["torch.onnx.export"] = chained(
-                merging, ["mkdir", "-p", str(outs["torch.onnx.export"])],
-                script(TORCH_EXPORT, merged, outs["torch.onnx.export"]),
+                merging, ["mkdir", "-p", str(work / "torch")],
+                script(TORCH_EXPORT, merged, work / "torch"),
             )  # fmt: skip
         print("| export | seconds | peak GB | MB |\n|---|---|---|---|")
         for label, command in jobs.items():
-            rounds = 1 if label.startswith("torch") else given.rounds
+            rounds = 1 if label.startswith("torch") else given.exports
             turns = [merge.timed(command, outs[label]) for _ in range(rounds)]
             seconds, peak = (statistics.median(column) for column in zip(*turns, strict=True))
             print(f"| {label} | {seconds:.1f} | {peak:.2f} | {size(outs[label]):.0f} |", flush=True)
-        ran = [label for label in jobs if label not in ("peftc, proven", "torch.onnx.export")]
-        seen: dict[str, list[list[float]]] = {label: [] for label in ran}
+        models = {k: v for k, v in outs.items() if k not in ("peftc, proven", "torch.onnx.export")}
+        commands = {k: script(SPEED, v, given.prefill, given.decode) for k, v in models.items()}
+        commands["PEFT, eager"] = script(EAGER, base, adapter, given.prefill, given.decode)
+        seen: dict[str, list[list[float]]] = {label: [] for label in commands}
         for _ in range(given.rounds):
-            for label in ran:
-                seen[label].append(speed(outs[label]))
-        print(f"\n| model | prefill of {PREFILL}, tokens/s | decode, tokens/s |\n|---|---|---|")
-        for label, turns_ in seen.items():
-            prefill, decode = (statistics.median(column) for column in zip(*turns_, strict=True))
-            print(f"| {label} | {PREFILL / prefill:.0f} | {1 / decode:.1f} |")
+            for label, command in commands.items():
+                seen[label].append(ran(command))
+        speeds = {}
+        for label, runs in seen.items():
+            prefill, token = (statistics.median(column) for column in zip(*runs, strict=True))
+            speeds[label] = given.prefill / prefill, 1 / token
+        right = answers(outs["peftc"])
+        titles = f"| model | prefill of {given.prefill}, tokens/s | ÷ builder | decode, tokens/s | "
+        print(f"\n{titles}÷ builder | KL to fp32 | same token |\n|---|---|---|---|---|---|---|")
+        for label, own in speeds.items():
+            peer = speeds["builder int4" if "int" in label or "nf4" in label else "builder fp32"]
+            line = [f"{mine:.{i}f} | {mine / its:.2f}" for i, (mine, its) in enumerate(
+                zip(own, peer, strict=True))]  # fmt: skip
+            if label in models:
+                got = answers(models[label])
+                kl = (np.exp(right) * (right - got)).sum(-1).mean()
+                line += [f"{kl:.4f}", f"{(right.argmax(-1) == got.argmax(-1)).mean():.1%}"]
+            print(f"| {' | '.join([label, *line])} |", flush=True)
 
 
 if __name__ == "__main__":

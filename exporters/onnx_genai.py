@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peftc.calling import MASK, POSITIONS
 from peftc.capturing import CheckpointSource
@@ -13,17 +13,25 @@ from peftc.program import Program
 from peftc.structure import as_json
 from peftc.whole import Whole
 
+Provider = Literal["cpu", "cuda"]
 FILE = "genai_config.json"
 TYPE = "llama"  # its word for any decoder over a cache of keys and values
 SEARCH = {
     "do_sample": False, "early_stopping": True, "length_penalty": 1.0, "min_length": 0,
     "no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1,
-    "past_present_share_buffer": False, "repetition_penalty": 1.0, "temperature": 1.0,
+    "repetition_penalty": 1.0, "temperature": 1.0,
     "top_k": 1, "top_p": 1.0,
 }  # fmt: skip
 
 
-def genai_config(program: Program, wholes: list[Whole], before: int = 0) -> bytes | None:
+def genai_config(
+    program: Program,
+    wholes: list[Whole],
+    *,
+    before: int = 0,
+    provider: Provider = "cpu",
+    shared: bool = False,
+) -> bytes | None:
     """The file's content, or None for a model that onnxruntime-genai does not run so.
 
     It runs decoders whose layers all have the same heads, and that end their texts by a token.
@@ -32,6 +40,8 @@ def genai_config(program: Program, wholes: list[Whole], before: int = 0) -> byte
         program: What is written.
         wholes: Its graphs.
         before: How many virtual tokens the graph has, which take positions too.
+        provider: Whom it runs them by.
+        shared: Whether it keeps their cache.
     """
     whole = wholes[0]
     names = {port.name for port in whole.inputs}
@@ -53,8 +63,9 @@ def genai_config(program: Program, wholes: list[Whole], before: int = 0) -> byte
     heads, size = next(iter(caches))[1], next(iter(caches))[3]
     length = (program.context or 2048) - before
     queries = config.get("num_attention_heads") or config.get("n_head") or heads
+    providers: list[dict[str, Any]] = [] if provider == "cpu" else [{provider: {}}]
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
         "filename": f"{whole.name}.onnx",
         "head_size": size,
         "hidden_size": config.get("hidden_size") or config.get("n_embd"),
@@ -83,7 +94,8 @@ def genai_config(program: Program, wholes: list[Whole], before: int = 0) -> byte
         "pad_token_id": (pad or ends)[0],
         "decoder": decoder,
     }
-    return as_json({"model": model, "search": {**SEARCH, "max_length": length}})
+    search = {**SEARCH, "max_length": length, "past_present_share_buffer": shared}
+    return as_json({"model": model, "search": search})
 
 
 def _ids(given: Any) -> list[int]:

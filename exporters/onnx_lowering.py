@@ -53,6 +53,14 @@ class Weights(Protocol):
         A turned weight is kept as (in, out).
         """
 
+    def linears(
+        self, lowering: Lowering, x: ir.Value, names: Sequence[str]
+    ) -> tuple[ir.Value, ...] | None:
+        """x·Wᵀ for each of several weights by one operator, or None where there is none."""
+
+    def embedding(self, lowering: Lowering, ids: ir.Value, name: str) -> ir.Value | None:
+        """Rows of a table by an operator of its own, or None where it has none."""
+
 
 class Lowering:
     """Builds the ONNX graph of a whole model.
@@ -70,6 +78,7 @@ class Lowering:
         self.values: dict[fx.Node, Any] = {}
         self.module = ""  # that is being lowered
         self._constants: dict[Any, ir.Value] = {}
+        self._made: dict[Any, ir.Value] = {}
         self._casts: dict[tuple[ir.Value, torch.dtype], ir.Value] = {}
         self._counts = {port.name: 0 for port in (*whole.inputs, *whole.outputs)}
         self._dtypes = {
@@ -199,6 +208,18 @@ class Lowering:
             self._constants[key] = self.held(name, torch.tensor(item, dtype=dtype))
         return self._constants[key]
 
+    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+        """A value that is made where it is first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def input(self, name: str) -> ir.Value:
+        """An input of the graph."""
+        found = next(node for node in self.values if node.target == name)
+        value: ir.Value = self.values[found]
+        return value
+
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         """A value in another dtype; cast once."""
         key = value, dtype
@@ -242,11 +263,12 @@ class Lowering:
 
     def _output(self, node: fx.Node, port: Port) -> ir.Value:
         """The value of an output by its name; one that has a name already is handed on."""
-        value = self.of(node)
+        dtype = torch.float32 if port.name == "logits" else port.dtype
+        value = self.of(node, dtype)
         if value.producer() is None or value.name in {p.name for p in self.whole.outputs}:
             value = self.op("Identity", value)
         value.name = port.name
-        value.type, value.shape = _type(port.dtype), _shape(port)
+        value.type, value.shape = _type(dtype), _shape(port)
         return value
 
 

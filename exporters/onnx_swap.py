@@ -21,7 +21,7 @@ from peftc.exporters.onnx_adapters import (
     no_slot,
     write,
 )
-from peftc.exporters.onnx_proof import prove
+from peftc.exporters.onnx_proof import TOKENWISE, prove
 from peftc.exporters.onnx_slots import Slots
 from peftc.live import materialize
 from peftc.program import Program
@@ -112,7 +112,8 @@ class Swap:
                 progress.stage(f"compare {name} with torch")
                 model = materialize(alone(self.program, [name]), dtype=torch.float32)
                 given = {graph: path / file for graph, file in files.items()}
-                seen = prove(path, wholes, model, proved["bound"], given)
+                shared = TOKENWISE in proved["shapes"]
+                seen = prove(path, wholes, model, proved["bound"], given, shared)
                 figures[name] |= {key: seen[key] for key in ("bound", *files)}
         return figures
 

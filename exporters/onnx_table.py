@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from peftc.exporters.onnx_fusing import rotate
+from peftc.exporters.onnx_fusing import attend, rotate
 from peftc.exporters.onnx_lowering import ONNX_TYPES, RUNTIME, Lowering, Rule, dtype_of, shape_of
 from peftc.exporters.onnx_shapes import SHAPES, argument, axis_of
 from peftc.normal import operator_of
@@ -156,6 +156,9 @@ def _same(to: Lowering, node: Any) -> ir.Value:
 def _embedding(to: Lowering, node: Any) -> ir.Value:
     table, ids = node.args[:2]
     if table.op == "get_attr" and table.target not in to.whole.held:
+        found = to.weights.embedding(to, to.of(ids), str(table.target))
+        if found is not None:
+            return found
         rows = to.op("Gather", to.stored(str(table.target)), to.of(ids))  # few, then cast
         return rows if rows_match(to, table) else to.cast(rows, _result(node))
     return to.op("Gather", to.of(table), to.of(ids))
@@ -171,6 +174,8 @@ def _linear(to: Lowering, node: Any) -> ir.Value:
     given = to.of(x)
     b = None if bias is None else to.of(bias)
     if weight.op == "get_attr":
+        if (beside := _beside(to, node)) is not None:
+            return beside
         found = to.weights.linear(to, given, str(weight.target), b)
         if found is not None:
             return found
@@ -179,6 +184,33 @@ def _linear(to: Lowering, node: Any) -> ir.Value:
         return y
     y.type, y.shape = ir.TensorType(ONNX_TYPES[_result(node)]), ir.Shape(_static(node))
     return to.op("Add", y, b)
+
+
+def _beside(to: Lowering, node: Any) -> ir.Value | None:
+    """A product that is one of several of the same x by one operator, such as q, k and v.
+
+    Small products cost more for being called than for what they compute.
+    """
+    if node not in to.values:
+        group = _siblings(node)
+        names = [str(other.args[1].target) for other in group]
+        found = to.weights.linears(to, to.of(node.args[0]), names) if len(group) > 2 else None
+        to.values |= dict(zip(group, found or (), strict=False))
+    return to.values.get(node)
+
+
+def _siblings(node: Any) -> list[Any]:
+    """The products, without a bias, of the same x with weights of modules of the same parent."""
+    named = {
+        other: str(other.args[1].target)
+        for other in node.args[0].users
+        if operator_of(other) == "linear"
+        and other.args[1].op == "get_attr"
+        and not any(other.args[2:])
+    }
+    path = str(node.args[1].target).rpartition(".")[0].rpartition(".")[0]
+    group = [other for other, name in named.items() if name.startswith(f"{path}.")]
+    return group if node in group else []
 
 
 def _addmm(to: Lowering, node: Any) -> ir.Value:
@@ -248,8 +280,8 @@ def _rms_norm(to: Lowering, node: Any) -> ir.Value:
 
 
 def _rotary(to: Lowering, node: Any) -> ir.Value:
-    x, cos, sin = (to.of(given) for given in node.args)
-    return to.op("RotaryEmbedding", x, cos, sin)
+    x, cos, sin = (to.of(given) for given in node.args[:3])
+    return to.op("RotaryEmbedding", x, cos, sin, num_heads=argument(node, 3, "heads", None))
 
 
 def _attention(to: Lowering, node: Any) -> ir.Value:
@@ -267,6 +299,17 @@ def _attention(to: Lowering, node: Any) -> ir.Value:
         scale=float(scale),
         is_causal=int(argument(node, 5, "is_causal", False)),
     )
+
+
+def _attention_with_cache(to: Lowering, node: Any) -> tuple[ir.Value, ...]:
+    *tensors, (heads, key_heads), scale = node.args
+    given = [None if x is None else to.of(x) for x in tensors]
+    if scale is None:
+        scale = 1 / math.sqrt(shape_of(tensors[-1])[-1])
+    return to.ops(
+        "Attention", *given, outputs=3, q_num_heads=heads, kv_num_heads=key_heads,
+        scale=float(scale),
+    )  # fmt: skip
 
 
 def _convolution(to: Lowering, node: Any) -> ir.Value:
@@ -351,7 +394,7 @@ TABLE: Mapping[Any, Rule] = {
     # layers
     "embedding": _embedding, "linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul,
     "bmm": _matmul, "baddbmm": _baddbmm, "layer_norm": _layer_norm, "rms_norm": _rms_norm,
-    rotate: _rotary,
+    rotate: _rotary, attend: _attention_with_cache,
     "scaled_dot_product_attention": _attention, "conv1d": _convolution, "conv2d": _convolution,
     "conv3d": _convolution, "convolution": _convolution,
     # what is known of dimensions at run time

@@ -7,6 +7,7 @@ offset = 8 + length of the header + data_offsets[0]. Nothing is written twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from peftc.link import Entry, Shard, plan, shard_of
 from peftc.program import Program
 
 OWN_FILE = "onnx.safetensors"  # of tensors that the checkpoint has in another form
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUANT_TYPES = {"fp4": 0, "nf4": 1}  # as MatMulBnb4 numbers the codebooks
 
 
@@ -41,10 +43,11 @@ class StoredWeights:
 
     Args:
         program: What is written.
+        dtype: The float type that the graph computes in.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, dtype: torch.dtype = torch.float32) -> None:
+        self.program, self.dtype = program, dtype
         self.places: dict[str, Place] = {}
         for shard in plan(program):
             for entry in shard.entries:
@@ -52,6 +55,7 @@ class StoredWeights:
                     self.places[self._live(entry.key)] = _place(shard, entry)
         self.own: dict[str, Constant] = {}  # what no file of the checkpoint has as it is needed
         self._values: list[ir.Value] = []
+        self._views: dict[str, str] = {}
 
     def _live(self, key: str) -> str:
         """The name in the model of a stored tensor, or of a part of a quantized one."""
@@ -88,6 +92,8 @@ class StoredWeights:
         else:
             absmax = self._value(scales, self.places[scales].spec)
         lowering.initializers[scales] = absmax
+        if self.dtype != torch.float32:
+            absmax = lowering.cast(absmax, self.dtype)
         outputs, inputs = site_shape(self.program, name)
         y = lowering.op(
             "MatMulBnb4", x, codes, absmax, domain=RUNTIME, K=inputs, N=outputs,
@@ -95,10 +101,23 @@ class StoredWeights:
         )  # fmt: skip
         return y if bias is None else lowering.op("Add", y, bias)
 
+    def linears(
+        self, lowering: Lowering, x: ir.Value, names: Sequence[str]
+    ) -> tuple[ir.Value, ...] | None:
+        return None
+
+    def embedding(self, lowering: Lowering, ids: ir.Value, name: str) -> ir.Value | None:
+        return None
+
     def kept(self, name: str, constant: Constant) -> ir.Value:
         """The initializer of a constant that goes into the graph's own file."""
         self.own[name] = constant
         return self._value(name, constant.spec)
+
+    def view(self, name: str, of: str, spec: Spec) -> ir.Value:
+        """Another initializer over the bytes of one."""
+        self._views[name] = of
+        return self._value(name, spec)
 
     def _value(self, name: str, spec: Spec) -> ir.Value:
         kind = ir.TensorType(ONNX_TYPES[spec.dtype])
@@ -108,7 +127,12 @@ class StoredWeights:
     @property
     def report(self) -> dict[str, Any]:
         """What the manifest says of the weights."""
-        return {"weights": "stored"}
+        return {"weights": "stored", **self.computes}
+
+    @property
+    def computes(self) -> dict[str, str]:
+        """What the manifest says of the graph's float type."""
+        return {"compute": next(name for name, dtype in FLOATS.items() if dtype == self.dtype)}
 
     def own_shards(self) -> list[Shard]:
         """The file of what the checkpoint has in another form, if there is any."""
@@ -119,7 +143,8 @@ class StoredWeights:
         for shard in self.own_shards():
             self.places |= {entry.key: _place(shard, entry) for entry in shard.entries}
         for value in self._values:
-            place = self.places[str(value.name)]
+            name = str(value.name)
+            place = self.places[self._views.get(name, name)]
             assert value.dtype is not None and value.shape is not None
             value.const_value = ir.ExternalTensor(
                 place.file,
@@ -127,7 +152,7 @@ class StoredWeights:
                 place.nbytes,
                 value.dtype,
                 shape=value.shape,
-                name=str(value.name),
+                name=name,
             )
 
 

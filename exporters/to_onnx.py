@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,14 @@ import torch
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.exporters import onnx_grouped, onnx_needs
 from peftc.exporters.onnx_adapters import size
 from peftc.exporters.onnx_fusing import fuse
-from peftc.exporters.onnx_genai import FILE, genai_config
+from peftc.exporters.onnx_genai import FILE, Provider, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
-from peftc.exporters.onnx_proof import BOUND, prove
-from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
+from peftc.exporters.onnx_proof import BOUNDS, prove
+from peftc.exporters.onnx_quantized import Cache, Compute, Form, OwnWeights, Weights, weights_of
 from peftc.exporters.onnx_slots import Slots
 from peftc.exporters.onnx_swap import Swap
 from peftc.exporters.onnx_table import TABLE
@@ -33,11 +33,14 @@ from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, affords_whole, loaded, site_proof, unfold, watch_file
 from peftc.whole import Whole, capture_whole
 
+STORED = Form()
+
 
 @dataclass(frozen=True)
 class Lowered:
     """A program's graphs, and where their constants lie."""
 
+    form: Form
     wholes: list[Whole]
     models: dict[str, onnx_ir.Model]
     weights: StoredWeights
@@ -55,6 +58,10 @@ def to_onnx(
     target: str | Path,
     *,
     weights: Weights = "stored",
+    compute: Compute | None = None,
+    head_bits: int = 8,
+    cache: Cache = "grown",
+    provider: Provider = "cpu",
     adapters: Literal["swap"] | None = None,
     slots: str | Sequence[str] | None = None,
     overwrite: bool = False,
@@ -66,16 +73,24 @@ def to_onnx(
     """Writes a program's checkpoint and, beside it, graphs that onnxruntime runs on its weights.
 
     The graphs' initializers are ranges of the safetensors files, so that one directory serves
-    transformers and onnxruntime. Graphs compute in fp32; weights of another dtype are cast when a
-    session is made.
+    transformers and onnxruntime. Weights of another dtype than the graph computes in are cast when
+    a session is made.
 
     Args:
         program: What to write; its adapters must be merged, or are to be swapped. A prompt or a
             prefix stays: the graph starts from its keys and values.
         target: A directory that does not exist.
         weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
-            own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of
-            their own for each 32 weights of a row, an output head always in 8 bits.
+            own, and no checkpoint is written: `fp32`, `fp16`, `bf16`; `int8` and `int4`, linear
+            layers in steps of their own for each 32 weights of a row; `nf4-int8`, the layers that
+            are in NF4 with their codes rounded to 8 bits.
+        compute: The float type of the graph, its cache too: `fp32`, `fp16` or `bf16`; default: that
+            of `weights`, or fp32. Logits are fp32 always.
+        head_bits: Of an output head, 8 or 4, where `weights` are `int4`.
+        cache: `grown` by every run; or `shared`, into which onnxruntime-genai writes a token's keys
+            and values without copying those before: quicker in long texts, of which several go on
+            together only token by token.
+        provider: Whom onnxruntime-genai is to run it by: `cpu` or `cuda`.
         adapters: `swap` leaves slots for low-rank adapters in the graphs, which are given at run
             time, and writes each of the program's adapters as a file for them.
         slots: Which layers have one, as a pass's targets say it, beside those that the adapters
@@ -97,15 +112,18 @@ def to_onnx(
     """
     target = Path(target)
     swap = None if adapters is None else Swap.of(program, slots)
+    onnx_needs.check()
+    form = Form(weights, compute, head_bits, cache)
+    form.check(program)
     before = states(program)
     progress.stage("capture")
     base, virtual = (swap.base, None) if swap else settled(program, target)
-    lowered = lower(base, weights, swap.slots if swap else None)
+    lowered = lower(base, form, swap.slots if swap else None)
     own = lowered.weights.own_shards()
     shards = plan(base) if weights == "stored" else []
     need = sum(shard.size for shard in (*shards, *own))
     need += sum(map(size, swap.branches.values())) if swap else 0
-    asked = proof, weights, adapters, slots
+    asked = proof, vars(form), provider, adapters, slots
     key = key_of(program.fingerprint, before, versions(), tool_versions(), asked)
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
@@ -115,8 +133,9 @@ def to_onnx(
         link(base, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
+        known: dict[str, Any] = {"provider": provider, "shared": cache == "shared"}
         tokens = virtual.cache.tokens if virtual else 0
-        if (config := genai_config(base, lowered.wholes, tokens)) is not None:
+        if (config := genai_config(base, lowered.wholes, before=tokens, **known)) is not None:
             stage.add(FILE, config)
         swapped = swap.write(stage) if swap else {}
         progress.stage("check")
@@ -140,6 +159,7 @@ def to_onnx(
         report = {
             "opset": OPSET,
             **lowered.weights.report,
+            "cache": cache,
             **swapped,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
@@ -164,9 +184,11 @@ def _proof(
         ProofError: They compute something else.
     """
     own, proved = lowered.weights, dict[str, Any]()
-    quantized = isinstance(own, OwnWeights) and own.form is not None
+    quantized = isinstance(own, OwnWeights) and own.form.approximate
     if isinstance(own, OwnWeights) and quantized:
         proved["weights"] = own.check(path)
+    if own.dtype not in BOUNDS:
+        return {**proved, "onnx": {"skipped": "onnxruntime has no bf16 on a CPU"}}
     if not affords_whole(program, extent):
         return {**proved, "onnx": {"skipped": "two whole models in fp32; --proof whole does it"}}
     progress.stage("compare with torch")
@@ -177,26 +199,31 @@ def _proof(
         model = virtual.tuned(path)
     else:
         model = loaded(Checkpoint.open(path))
-    bound = None if quantized else BOUND
-    return {**proved, "onnx": prove(path, lowered.wholes, model, bound)}
+    shared = lowered.form.cache == "shared"
+    bound = None if quantized else BOUNDS[own.dtype]
+    return {**proved, "onnx": prove(path, lowered.wholes, model, bound, shared=shared)}
 
 
-def lower(program: Program, kind: Weights = "stored", slots: Slots | None = None) -> Lowered:
+def lower(program: Program, form: Form = STORED, slots: Slots | None = None) -> Lowered:
     """A program's graphs as ONNX; no weight is read.
 
     Raises:
         CaptureError: The model cannot be captured, an operator has no ONNX, or a layer no slot.
     """
-    wholes = capture_whole(program, torch.float32)
-    weights, table = weights_of(program, kind), slots.table if slots else TABLE
+    wholes = capture_whole(program, form.dtype)
+    weights, table = weights_of(program, form), slots.table if slots else TABLE
+    if form.cache == "shared":
+        table = {**table, **onnx_grouped.GROUPED}
     models = {}
     for whole in wholes:
         fuse(whole.graph)
+        if form.cache == "shared":
+            onnx_grouped.check(whole)
         model = Lowering(whole, weights, table).model()
         models[f"{whole.name}.onnx"] = slots.open(model) if slots else model
     raise_all(slots.lacking() if slots else [])
     weights.bind()
-    return Lowered(wholes, models, weights)
+    return Lowered(form, wholes, models, weights)
 
 
 def _described(lowered: Lowered, name: str) -> dict[str, Any]:
@@ -278,13 +305,14 @@ def verify_onnx(
     raise_all(external_data(artifact.path)[:5])
     said = artifact.manifest["onnx"]
     kind, report = said["weights"], dict[str, Any]()
+    form = Form(kind, said.get("compute"), said.get("head_bits", 8), said.get("cache", "grown"))
     swap = Swap.of(program, list(said["slots"])) if "slots" in said else None
     base, virtual = (swap.base, None) if swap else settled(program, artifact.path)
     if kind == "stored":
         progress.stage("compare layers")
         written = Checkpoint.open(artifact.path)
         report["site"] = site_proof(base, watch_file(base, written))
-    lowered = lower(base, kind, swap.slots if swap else None)
+    lowered = lower(base, form, swap.slots if swap else None)
     report |= _proof(base, virtual, artifact.path, lowered, extent, progress)
     if swap:
         figures = report["onnx"]
@@ -294,4 +322,5 @@ def verify_onnx(
 
 def tool_versions() -> dict[str, str]:
     """The versions of what makes and runs the graphs."""
-    return {name: version(name) for name in ("onnx", "onnx-ir", "onnxruntime")}
+    names = "onnx", "onnx-ir", *onnx_needs.RUNTIMES
+    return {name: found for name in names if (found := onnx_needs.installed(name))}

@@ -315,7 +315,11 @@ def export(
     ] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
-    weights: Literal["stored", "fp32", "int8", "int4"] = "stored",
+    weights: Literal["stored", "fp32", "fp16", "bf16", "int8", "int4", "nf4-int8"] = "stored",
+    compute: Literal["fp32", "fp16", "bf16"] | None = None,
+    head_bits: Literal[8, 4] = 8,
+    cache: Literal["grown", "shared"] = "grown",
+    provider: Literal["cpu", "cuda"] = "cpu",
     swap: bool = False,
     slots: str | Sequence[str] | None = None,
     proof: Extent = "auto",
@@ -343,7 +347,11 @@ def export(
             checkpoint that they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
-        weights: With `onnx`; see `to_onnx`.
+        weights: With `onnx`; see `to_onnx`, for the next four too.
+        compute: The float type that the graph computes in.
+        head_bits: Of an output head in `int4`.
+        cache: Whether the runtime keeps keys and values.
+        provider: Whom onnxruntime-genai is to run it by.
         swap: With `onnx`: leave slots for adapters, and write those that are attached beside.
         slots: Where; see `to_onnx`.
         proof: See `to_safetensors`.
@@ -356,9 +364,19 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
-    if weights != "stored" and format != "onnx":
+    usual = {
+        "weights": "stored",
+        "compute": None,
+        "head_bits": 8,
+        "cache": "grown",
+        "provider": "cpu",
+    }
+    given = weights, compute, head_bits, cache, provider
+    graph: dict[str, Any] = dict(zip(usual, given, strict=True))
+    if format != "onnx" and (others := {k: v for k, v in graph.items() if v != usual[k]}):
+        name, item = next(iter(others.items()))
         raise ArtifactError(
-            f"weights={weights!r} is that of ONNX graphs, and the format is {format}",
+            f"{name}={item!r} is that of ONNX graphs, and the format is {format}",
             where=str(target),
             fix='add format="onnx"',
         )
@@ -410,9 +428,7 @@ def export(
         return to_adapterhub(program, target, overwrite=overwrite)
     if format == "onnx":
         swapped: Literal["swap"] | None = "swap" if swap else None
-        return to_onnx(
-            program, target, weights=weights, adapters=swapped, slots=slots, proof=proof, **how
-        )
+        return to_onnx(program, target, adapters=swapped, slots=slots, proof=proof, **how, **graph)
     return to_safetensors(program, target, proof=proof, head=head, **how)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from peftc import __version__, registry
-from peftc.cli_options import PassGroup, adapters, describe
+from peftc.cli_options import PassGroup, adapters, asked_of_graph, describe
 from peftc.cli_options import common as _common
+from peftc.cli_options import graph as _graph
 from peftc.cli_options import needed as _needed
 from peftc.cli_options import output as _output
 from peftc.cli_parts import finish, run_part
@@ -133,11 +134,7 @@ def _apply(
     "--rank", type=click.IntRange(1),
     help="Of the canonical LoRA; what does not fit is cut off, and the error printed.",
 )  # fmt: skip
-@click.option(
-    "--weights",
-    type=click.Choice(["stored", "fp32", "int8", "int4"]),
-    help="With --format onnx: refer to the merged checkpoint's (stored), or write their own.",
-)
+@_graph
 @click.option(
     "--adapters", "swapped", type=click.Choice(["swap"]),
     help="With --format onnx: given at run time, as files beside the graphs.",
@@ -169,7 +166,6 @@ def export(
     form: Any,
     canonical: bool,
     rank: int | None,
-    weights: Any,
     swapped: str | None,
     slots: str | None,
     proof: Any,
@@ -177,6 +173,7 @@ def export(
     shards: str | None,
     as_json: bool,
     quiet: bool,
+    **graph: Any,
 ) -> None:
     """Make an artifact of SRC, with a measured proof.
 
@@ -195,8 +192,7 @@ def export(
         raise click.UsageError("--merge-base, --then and --original need --merge.")
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
-    if weights is not None and form != "onnx":
-        raise click.UsageError("--weights is that of ONNX graphs: add --format onnx.")
+    asked = asked_of_graph(graph, form)
     if shards is not None and form != "safetensors":
         raise click.UsageError("--shards is for --format safetensors.")
     if swapped is not None and form != "onnx":
@@ -223,8 +219,7 @@ def export(
         with terminal.progress() as progress:
             artifact = run(
                 src, target, format=form, canonical=canonical, rank=rank,
-                weights=weights or "stored", swap=swapped is not None, slots=slots,
-                progress=progress, head=head, **job,
+                swap=swapped is not None, slots=slots, progress=progress, head=head, **asked, **job,
             )  # fmt: skip
     say_merge(terminal, artifact.manifest.get("merge"))
     say_proof(terminal, artifact.manifest.get("proof", {}))

@@ -38,6 +38,36 @@ def output(command: Callable[..., Any]) -> Callable[..., Any]:
     return out(overwrite(command))
 
 
+def graph(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of an ONNX graph."""
+    floats = ["fp32", "fp16", "bf16"]
+    options: list[tuple[str, Any, str]] = [
+        ("--weights", ["stored", *floats, "int8", "int4", "nf4-int8"],
+         "With --format onnx: refer to the merged checkpoint's (stored), or write their own."),
+        ("--compute", floats, "The float type of an ONNX graph and its cache."),
+        ("--head-bits", ["8", "4"], "Of the output head in int4: 8 is closer, 4 quicker."),
+        ("--cache", ["grown", "shared"],
+         "Let onnxruntime-genai keep the cache (shared): quicker in long texts."),
+        ("--provider", ["cpu", "cuda"], "Whom onnxruntime-genai is to run the graph by."),
+    ]  # fmt: skip
+    for name, choices, text in reversed(options):
+        command = click.option(name, type=click.Choice(choices), help=text)(command)
+    return command
+
+
+def asked_of_graph(given: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """Those options of an ONNX graph that were given, as `export` takes them.
+
+    Raises:
+        UsageError: The format is another.
+    """
+    asked = {name: item for name, item in given.items() if item is not None}
+    if asked and form != "onnx":
+        option = next(iter(asked)).replace("_", "-")
+        raise click.UsageError(f"--{option} is that of ONNX graphs: add --format onnx.")
+    return {k: int(item) if k == "head_bits" else item for k, item in asked.items()}
+
+
 def needed(target: Path | None) -> Path:
     """The target, which a group cannot ask for itself: `apply BASE PASS --help` has none."""
     if target is None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+CUT = 0.87  # of the largest value of a block, what fitted steps may reach
+
 _library: Any = torch.library.Library("peftc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("rotate(Tensor x, Tensor blocks) -> Tensor")
 _library.define("skew(Tensor entries, int size) -> Tensor")
@@ -22,8 +24,8 @@ _library.define("gate(Tensor mix, int column, Tensor like) -> Tensor")
 _library.define("route(Tensor logits, int? top, int dim) -> Tensor")
 _library.define("lstm(Tensor x, Tensor[] weights) -> Tensor")
 _library.define("cayley(Tensor skew, int terms) -> Tensor")
-_library.define("uniform_codes(Tensor matrix, int bits, int block) -> Tensor")
-_library.define("uniform_scales(Tensor matrix, int bits, int block) -> Tensor")
+_library.define("uniform_codes(Tensor matrix, int bits, int block, str reach) -> Tensor")
+_library.define("uniform_scales(Tensor matrix, int bits, int block, str reach) -> Tensor")
 
 
 def _rotate(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -95,32 +97,63 @@ def _lstm(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
 
 def _blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
     """Rows as blocks (out, blocks, size), the last filled up with zeros."""
-    padded = torch.nn.functional.pad(matrix.float(), (0, -matrix.shape[1] % size))
-    return padded.view(matrix.shape[0], -1, size)
+    rows, lacking = matrix.float(), -matrix.shape[1] % size
+    if lacking:
+        rows = torch.nn.functional.pad(rows, (0, lacking))
+    return rows.reshape(matrix.shape[0], -1, size)
 
 
-def _uniform_scales(matrix: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+def _uniform_scales(matrix: torch.Tensor, bits: int, block: int, reach: str) -> torch.Tensor:
     """The step of each block (out, blocks), fp32.
 
-    The value that is largest by size becomes the lowest code, of which there is one more than on
-    the other side of 0; so a step may be negative.
+    Args:
+        matrix: (out, in).
+        bits: Of a code.
+        block: Neighbours of a row that share a step.
+        reach: `full` makes the value that is largest by size the lowest code, of which there is one
+            more than on the other side of 0, so that a step may be negative; `even` leaves that
+            code out, so that both ends of a block are met; `fitted` takes, of the full step and one
+            that cuts the largest values off, the closer one, made to fit its codes best.
     """
-    blocks = _blocks(matrix, block)
-    largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))[..., 0]
-    return torch.div(largest, -(2 ** (bits - 1)))
+    blocks, half = _blocks(matrix, block), 2 ** (bits - 1)
+    high, low = blocks.amax(2), blocks.amin(2)
+    if reach == "even":
+        return torch.maximum(high, -low).div_(half - 1)
+    steps = torch.where(high > -low, high, low).div_(-half)
+    if reach == "full":
+        return steps
+    whole, cut = (_fitted(blocks, steps * factor, half) for factor in (1.0, CUT))
+    return torch.where(cut[1] > whole[1], cut[0], whole[0])
 
 
-def _uniform_codes(matrix: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+def _fitted(
+    blocks: torch.Tensor, steps: torch.Tensor, half: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps by least squares, for the codes that given ones lead to; what they explain of w·w."""
+    codes = _rounded(blocks, steps, half)
+    squares = (codes * codes).sum(2)
+    both = codes.mul_(blocks).sum(2)
+    fitted = torch.where(squares == 0, steps, both / squares)
+    return fitted, both * fitted
+
+
+def _rounded(blocks: torch.Tensor, steps: torch.Tensor, half: int) -> torch.Tensor:
+    """The nearest whole number of steps, as fp32."""
+    inverse = torch.where(steps == 0, 0.0, 1 / steps).unsqueeze(-1)
+    return (blocks * inverse).round_().clamp_(-half, half - 1)
+
+
+def _uniform_codes(matrix: torch.Tensor, bits: int, block: int, reach: str) -> torch.Tensor:
     """The codes of each block (out, blocks, bytes): steps plus half their number, low bits first.
 
     They are what ONNX Runtime's MatMulNBits reads; without zero points it takes half for 0.
     """
-    half = 2 ** (bits - 1)
-    steps = _uniform_scales(matrix, bits, block).unsqueeze(-1)
-    inverse = torch.where(steps == 0, 0.0, 1 / steps)
-    codes = (_blocks(matrix, block) * inverse).round().add(half).clamp(0, 2 * half - 1)
-    whole = codes.to(torch.uint8)
-    return whole if bits == 8 else whole[..., ::2] | (whole[..., 1::2] << 4)
+    half, steps = 2 ** (bits - 1), _uniform_scales(matrix, bits, block, reach)
+    whole = _rounded(_blocks(matrix, block), steps, half).add_(half).to(torch.uint8)
+    if bits == 8:
+        return whole
+    pairs = whole.view(torch.int16)  # two neighbours, the first in the low byte
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 _library.impl("uniform_codes", _uniform_codes, "CompositeImplicitAutograd")

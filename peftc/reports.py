@@ -26,7 +26,7 @@ def say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
         )
     if quantized := proof.get("weights"):
         terminal.say(
-            f"[green]✓[/] every code is within a step of its weight: relative error "
+            f"[green]✓[/] every code is the nearest to its weight: relative error "
             f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
         )
     _say_graphs(terminal, proof.get("onnx") or {}, "")

@@ -54,6 +54,8 @@ class NoWeights:
     def linear(self, *_: Any) -> None:
         return None
 
+    linears = embedding = linear
+
 
 def lowered(functions: Mapping[str, Function]) -> onnx_ir.Model:
     """One ONNX model of functions of x and y (rows, 6) and i (rows,)."""
