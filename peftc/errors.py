@@ -81,6 +81,10 @@ class Interrupted(TrainingError):
     exit_code = 130
 
 
+class InputError(PeftcError):
+    """What a compiled model is given is not what it takes."""
+
+
 class ProofError(PeftcError):
     """An artifact that is not equal to what it came from, within its bound."""
 
