@@ -44,7 +44,7 @@ def compile_cuts(cuts: Iterable[Cut], progress: Progress) -> bytes:
     Raises:
         CaptureError: A piece cannot be compiled.
     """
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecations

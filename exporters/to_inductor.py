@@ -1,4 +1,4 @@
-"""A program as libraries that AOTInductor compiled, beside its weights, proven against eager torch."""
+"""A program as libraries that AOTInductor compiled, beside its weights, proven against torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from peftc.exporters.inductor_compile import LIBRARY, compile_cuts, needs_compil
 from peftc.exporters.inductor_slots import Mode, Swap
 from peftc.exporters.inductor_weights import Table, Weights
 from peftc.exporters.to_safetensors import folders, manifest, states, write_model
+from peftc.libraries import Graph
 from peftc.link import link, plan
 from peftc.live import materialize
 from peftc.machine import here
@@ -26,7 +27,7 @@ from peftc.pieces import Cut, cut
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, affords_whole, loaded, site_proof, unfold, watch_file
-from peftc.runtime import KIND, Graph, Runtime
+from peftc.runtime import KIND, Runtime, load
 from peftc.whole import Whole, capture_whole
 
 # Texts at once, tokens before and tokens now, none of which the capture or the compiler had.
@@ -205,8 +206,6 @@ def verify_pt2(
         ArtifactError: It was built for another machine.
         ProofError: The libraries compute something else.
     """
-    from peftc.runtime import load
-
     load(artifact.path)
     told, report = artifact.manifest["pt2"], dict[str, Any]()
     if told["weights"] == "stored":

@@ -13,11 +13,12 @@ import torch
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.exporters.cases import BOUND
 from peftc.exporters.onnx_fusing import fuse
 from peftc.exporters.onnx_genai import FILE, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
-from peftc.exporters.onnx_proof import BOUND, prove
+from peftc.exporters.onnx_proof import prove
 from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_weights import StoredWeights

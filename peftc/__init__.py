@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftc.evaluation import Scores, score
     from peftc.exporters.to_adapterhub import to_adapterhub
     from peftc.exporters.to_cache import to_cache
+    from peftc.exporters.to_inductor import to_pt2
     from peftc.exporters.to_onnx import to_onnx
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
@@ -54,6 +55,7 @@ _HOMES = {
     "evaluation": ("Scores", "score"),
     "exporters.to_adapterhub": ("to_adapterhub",),
     "exporters.to_cache": ("to_cache",),
+    "exporters.to_inductor": ("to_pt2",),
     "exporters.to_onnx": ("to_onnx",),
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
@@ -84,7 +86,8 @@ __all__ = [
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
     "capture", "export", "load", "materialize", "optimizer_groups", "plot_ranks", "restore_base",
-    "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_peft", "to_safetensors",
+    "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_peft", "to_pt2",
+    "to_safetensors",
     "together", "tune", "verify",
 ]  # fmt: skip
 

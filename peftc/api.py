@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peftc.artifact import MANIFEST, Artifact, key_of, staging
 from peftc.capturing import capture
 from peftc.checkpoint import Checkpoint, read_json, resolve
-from peftc.contract import Pass
+from peftc.contract import Pass, safe_name
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
 from peftc.exporters.to_adapterhub import to_adapterhub
@@ -37,6 +37,7 @@ from peftc.storage import edited
 from peftc.structure import peft_edits
 
 ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = {"onnx": ("stored", "fp32", "int8", "int4"), "pt2": ("stored", "fp32")}
 
 
 def load(source: str | Path, progress: Progress = SILENT) -> Program:
@@ -191,6 +192,10 @@ def verify(
         return report
     progress.stage("rebuild")
     program = rebuild(artifact)
+    if artifact.manifest["kind"] == "pt2":
+        from peftc.exporters.to_inductor import verify_pt2
+
+        return report | verify_pt2(artifact, program, extent, progress)
     if artifact.manifest["kind"] == "onnx":
         from peftc.exporters.to_onnx import verify_onnx
 
@@ -242,10 +247,12 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "onnx", "peft", "adapterhub", "cache"] = "safetensors",
+    format: Literal["safetensors", "onnx", "pt2", "peft", "adapterhub", "cache"] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     weights: Literal["stored", "fp32", "int8", "int4"] = "stored",
+    swap: Literal["swap", "rows"] | None = None,
+    slots: str | Sequence[str] | None = None,
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
@@ -264,12 +271,16 @@ def export(
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
         format: `safetensors`, a checkpoint that transformers loads; `onnx`, that and graphs that
-            onnxruntime runs on it; one adapter, as `peft` or, a bottleneck, as `adapterhub` has it;
-            or `cache`, a prompt or prefix as constant keys and values, with `merge` beside the
-            checkpoint that they belong to.
+            onnxruntime runs on it; `pt2`, that and libraries that `peftc.runtime` runs on it; one
+            adapter, as `peft` or, a bottleneck, as `adapterhub` has it; or `cache`, a prompt or
+            prefix as constant keys and values, with `merge` beside the checkpoint that they belong
+            to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
-        weights: With `onnx`; see `to_onnx`.
+        weights: With `onnx` and `pt2`; see `to_onnx` and `to_pt2`.
+        swap: With `pt2`: leave slots for adapters, and write those that are attached beside; see
+            `adapters` of `to_pt2`.
+        slots: Where; see `to_pt2`.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
@@ -280,16 +291,24 @@ def export(
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
-    if weights != "stored" and format != "onnx":
+    if weights not in WEIGHTS.get(format, ("stored",)):
         raise ArtifactError(
-            f"weights={weights!r} is that of ONNX graphs, and the format is {format}",
+            f"weights={weights!r} is none of those of the format {format}",
             where=str(target),
             fix='add format="onnx"',
         )
+    if (swap or slots is not None) and not (swap and format == "pt2"):
+        raise ArtifactError(
+            "slots for adapters are those of libraries that are to swap them",
+            where=str(target),
+            fix='add format="pt2", swap="swap"',
+        )
+    if format == "pt2":
+        from peftc.exporters.to_inductor import to_pt2
     if format == "onnx":  # before any work: its libraries may be missing
         from peftc.exporters.to_onnx import to_onnx
     program, report = load(source, progress), None
-    steps = [("attach", {"path": path, "weight": weight}) for path, weight in adapters]
+    steps = _attaching(adapters, named=swap is not None)
     program = Pipeline(build(steps, "--adapter")).run(program, progress)
     if merge:
         if not program.adapters:
@@ -317,6 +336,26 @@ def export(
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
+    if format == "pt2":
+        form: Literal["stored", "fp32"] = "fp32" if weights == "fp32" else "stored"
+        return to_pt2(program, target, weights=form, adapters=swap, slots=slots, proof=proof, **how)
     if format == "onnx":
         return to_onnx(program, target, weights=weights, proof=proof, **how)
     return to_safetensors(program, target, proof=proof, head=head, **how)
+
+
+def _attaching(
+    adapters: Sequence[tuple[str, float]], named: bool
+) -> list[tuple[str, dict[str, Any]]]:
+    """Steps that attach adapters; named, by their folders' names and so that no two are alike."""
+    steps: list[tuple[str, dict[str, Any]]] = []
+    names: set[str] = set()
+    for path, weight in adapters:
+        options: dict[str, Any] = {"path": path, "weight": weight}
+        if named:
+            name = safe_name(Path(path).absolute().name)
+            found = (name, *(f"{name}-{number}" for number in range(2, len(adapters) + 1)))
+            options["adapter"] = next(one for one in found if one not in names)
+            names.add(options["adapter"])
+        steps.append(("attach", options))
+    return steps

@@ -115,7 +115,7 @@ def _apply(
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
     "--format", "form",
-    type=click.Choice(["safetensors", "onnx", "peft", "adapterhub", "cache"]),
+    type=click.Choice(["safetensors", "onnx", "pt2", "peft", "adapterhub", "cache"]),
     default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
@@ -130,7 +130,17 @@ def _apply(
 @click.option(
     "--weights",
     type=click.Choice(["stored", "fp32", "int8", "int4"]),
-    help="With --format onnx: refer to the merged checkpoint's (stored), or write their own.",
+    help="With --format onnx: refer to the merged checkpoint's (stored), or write their own; "
+    "with pt2, stored or fp32.",
+)
+@click.option(
+    "--adapters", "swapped", type=click.Choice(["swap", "rows"]),
+    help="With --format pt2: given at run time, one for a batch (swap) or for each row (rows).",
+)  # fmt: skip
+@click.option(
+    "--slots",
+    metavar="TARGETS",
+    help="Which layers take one (q_proj,v_proj or all-linear); default: those of the adapters.",
 )
 @click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
@@ -152,6 +162,8 @@ def export(
     canonical: bool,
     rank: int | None,
     weights: Any,
+    swapped: Any,
+    slots: str | None,
     proof: Any,
     workers: int | None,
     as_json: bool,
@@ -162,6 +174,7 @@ def export(
     \b
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
       peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
+      peftc export SRC -o OUT --merge --format pt2       the same, and libraries for torch alone
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
@@ -172,8 +185,12 @@ def export(
         raise click.UsageError("--merge-base, --then and --original need --merge.")
     if rank is not None and not canonical:
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
-    if weights is not None and form != "onnx":
+    if weights is not None and form not in ("onnx", "pt2"):
         raise click.UsageError("--weights is that of ONNX graphs: add --format onnx.")
+    if swapped is not None and form != "pt2":
+        raise click.UsageError("--adapters is for those of compiled models: add --format pt2.")
+    if slots is not None and swapped is None:
+        raise click.UsageError("--slots are for adapters at run time: add --adapters swap.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     from peftc.early import HeadStart
 
@@ -187,8 +204,8 @@ def export(
             artifact = run(
                 src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
                 original=original, force=force, format=form, canonical=canonical, rank=rank,
-                weights=weights or "stored", proof=proof, overwrite=overwrite, workers=workers,
-                progress=progress, head=head,
+                weights=weights or "stored", swap=swapped, slots=slots, proof=proof,
+                overwrite=overwrite, workers=workers, progress=progress, head=head,
             )  # fmt: skip
     _say_merge(terminal, artifact.manifest.get("merge"))
     _say_proof(terminal, artifact.manifest.get("proof", {}))
@@ -364,6 +381,9 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"[green]✓[/] every code is within a step of its weight: relative error "
             f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
         )
+    _say_libraries(terminal, proof.get("pt2") or {}, "")
+    for name, figures in (proof.get("adapters") or {}).items():
+        _say_libraries(terminal, figures, f" with {name}")
     figures = proof.get("onnx") or {}
     if "skipped" in figures:
         terminal.say(f"[dim]…[/] graphs not compared with torch: {figures['skipped']}")
@@ -380,6 +400,18 @@ def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             terminal.say(
                 f"[green]✓[/] {name} in onnxruntime equals eager torch: {error} "
                 f"(bound {figures['bound']:.0e}) in {seen['at']}"
+            )
+
+
+def _say_libraries(terminal: Terminal, figures: Mapping[str, Any], adapted: str) -> None:
+    """How compiled graphs compare with eager torch, with an adapter or none."""
+    if "skipped" in figures:
+        terminal.say(f"[dim]…[/] libraries not compared with torch: {figures['skipped']}")
+    for name, seen in figures.items():
+        if isinstance(seen, dict):
+            terminal.say(
+                f"[green]✓[/] {name}{adapted}, compiled, equals eager torch: largest relative "
+                f"error {seen['relative_error']:.1e} (bound {figures['bound']:.0e}) in {seen['at']}"
             )
 
 

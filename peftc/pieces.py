@@ -261,7 +261,7 @@ def _contiguous(module: fx.GraphModule, values: Sequence[torch.Tensor]) -> fx.Gr
     with graph.inserting_before(returned):
         for i, value in enumerate(values):
             if not value.is_contiguous():
-                form = {"memory_format": torch.contiguous_format}
+                form: dict[str, Any] = {"memory_format": torch.contiguous_format}
                 kept[i] = graph.call_function(aten.clone.default, (kept[i],), form)
     returned.args = (tuple(kept),)
     module.recompile()

@@ -79,37 +79,29 @@ class Slots:
         """What the library calls A and B."""
         return [name for site in self.sites for name in names_of(site)]
 
-    def tensors(self, which: Any, batch: int | None = None) -> Tensors:
-        """What libraries are given for an adapter, or for one of each row.
-
-        Args:
-            which: As `Runtime.swap` takes it.
-            batch: Rows for which one adapter is meant, where each has its own.
+    def choose(self, which: Any) -> None:
+        """Puts an adapter on, or one for each row, as `Runtime.swap` takes them.
 
         Raises:
             AdapterError: It does not fit.
         """
         several = isinstance(which, Sequence) and not isinstance(which, str)
-        chosen = [self._adapter(one) for one in (which if several else [which])]
-        if several and not (self.rows and chosen):
+        if several and not (self.rows and which):
             raise AdapterError(
                 "the library takes one adapter for a whole batch",
                 where=str(self.path),
                 fix="export it with --adapters rows, or name one",
             )
-        self.active = chosen
-        return self.given(batch)
+        self.active = [self._adapter(one) for one in (which if several else [which])]
 
-    def given(self, batch: int | None = None) -> Tensors:
-        """The tensors of what is active, for a batch."""
+    def tensors(self, batch: int) -> Tensors:
+        """What libraries are given for a batch with the adapters that are on."""
         if not self.rows:
             return dict(self.active[0].tensors)
-        rows = self.active if len(self.active) > 1 else self.active * (batch or 1)
+        rows = self.active if len(self.active) > 1 else self.active * batch
         rank = max(adapter.rank for adapter in rows)
         wide = {id(a): self._padded(a.name, a.tensors, rank).tensors for a in rows}
-        return {
-            name: torch.stack([wide[id(a)][name] for a in rows]) for name in self.tensor_names
-        }
+        return {name: torch.stack([wide[id(a)][name] for a in rows]) for name in self.tensor_names}
 
     def misfits(self, batch: int | None) -> list[PeftcError]:
         """An error where adapters were chosen for another number of rows."""
