@@ -88,7 +88,7 @@ def to_pt2(
     places = swap.insert(wholes) if swap else {}
     for whole in wholes:
         table.fill(whole)
-    cuts = {whole.name: cut(whole) for whole in wholes}
+    cuts = {whole.name: cut(whole, base.context) for whole in wholes}
     library = compile_cuts(cuts.values(), progress)
     shards = plan(base) if weights == "stored" else []
     need = len(library) + sum(shard.size for shard in (*shards, *table.shards()))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from peftc.errors import CaptureError
 from peftc.graphs import aten
 from peftc.normal import owner
 from peftc.whole import Whole
@@ -77,14 +77,15 @@ class Cut:
     mode: FakeTensorMode
 
 
-def cut(whole: Whole, device: str = "cpu") -> Cut:
+def cut(whole: Whole, context: int | None = None, device: str = "cpu") -> Cut:
     """Cuts a whole-model graph where a layer ends or begins.
 
     Args:
         whole: The graph; a constant's `val` says its shape and dtype.
+        context: How many positions the model has, if that is known.
         device: Where it is to run.
     """
-    return _Cutter(whole, device).run()
+    return _Cutter(whole, context or 2**20, device).run()
 
 
 def layer_of(node: fx.Node) -> str | None:
@@ -129,8 +130,10 @@ def _leaves(node: fx.Node, inside: set[fx.Node]) -> bool:
 class _Cutter:
     """Cuts one graph."""
 
-    def __init__(self, whole: Whole, device: str) -> None:
+    def __init__(self, whole: Whole, context: int, device: str) -> None:
         self.whole, self.device = whole, device
+        fits = {"sequence": context // 4, "past": context // 2}  # together within the positions
+        self.likely = {name: min(n, fits.get(name, n)) for name, n in LIKELY.items()}
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.pieces: dict[str, Piece] = {}
         self.known: dict[str, tuple[Piece, tuple[torch.Tensor, ...]]] = {}
@@ -149,7 +152,7 @@ class _Cutter:
         """Names what pieces may take or give, and makes examples of inputs and constants."""
         graph = self.whole.graph
         returned = next(n for n in reversed(graph.nodes) if n.op == "output")
-        sizes = _symbols(self.mode, {d for p in self.whole.inputs for d in p.dims})
+        sizes = _symbols(self.mode, {d for p in self.whole.inputs for d in p.dims}, self.likely)
         with self.mode:
             for port in self.whole.inputs:
                 shape = [sizes[d] if isinstance(d, str) else d for d in port.dims]
@@ -190,14 +193,20 @@ class _Cutter:
     ) -> tuple[Piece, tuple[torch.Tensor, ...]]:
         build.graph.output(tuple(results)).meta = {}
         module = fx.GraphModule(torch.nn.Module(), build.graph)
-        with ExitStack() as stack:
-            stack.enter_context(self.mode)
-            stack.enter_context(torch.no_grad())
-            values = fx.Interpreter(module).run(*given)
-            if not all(value.is_contiguous() for value in values):
-                module = _contiguous(module, values)
+        name = f"{self.whole.name}_{len(self.pieces)}"
+        try:
+            with self.mode, torch.no_grad():
                 values = fx.Interpreter(module).run(*given)
-        piece = Piece(f"{self.whole.name}_{len(self.pieces)}", module, given)
+                if not all(value.is_contiguous() for value in values):
+                    module = _contiguous(module, values)
+                    values = fx.Interpreter(module).run(*given)
+        except Exception as error:  # of any operator
+            raise CaptureError(
+                f"does not fit other sizes than it was captured with: {str(error).splitlines()[0]}",
+                where=name,
+                fix="write the model with --format safetensors, and report it",
+            ) from error
+        piece = Piece(name, module, given)
         self.pieces[piece.name] = piece
         return piece, tuple(values)
 
@@ -233,7 +242,9 @@ class _Build:
         return "; ".join(f"{n.name}={n.target}{n.args}{n.kwargs}" for n in self.graph.nodes)
 
 
-def _symbols(mode: FakeTensorMode, dims: set[int | str]) -> dict[str, Any]:
+def _symbols(
+    mode: FakeTensorMode, dims: set[int | str], likely: Mapping[str, int]
+) -> dict[str, Any]:
     """A symbol for each size that varies; a sum of two is no symbol of its own."""
     env = mode.shape_env
     assert env is not None
@@ -241,8 +252,8 @@ def _symbols(mode: FakeTensorMode, dims: set[int | str]) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     for name in sorted(names | {"rank"}):
         source = ConstantSource(name)
-        symbol = env.create_symbol(LIKELY[name], source, DimDynamic.DYNAMIC, None)
-        sizes[name] = env.create_symintnode(symbol, hint=LIKELY[name], source=source)
+        symbol = env.create_symbol(likely[name], source, DimDynamic.DYNAMIC, None)
+        sizes[name] = env.create_symintnode(symbol, hint=likely[name], source=source)
     for dim in dims - names:
         if isinstance(dim, str):
             sizes[dim] = sum(sizes[part] for part in dim.split(" + "))
