@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.enable_line_tables": False,
+    "cpp.dynamic_threads": True,  # as many as the machine has that runs it
 }
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from peftc.switching import Adapters
     from peftc.training import tune
     from peftc.tuning import Evaluation, Tuning
+    from peftc.warm import load_compile_cache, save_compile_cache
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
@@ -77,6 +78,7 @@ _HOMES = {
     "switching": ("Adapters",),
     "training": ("tune",),
     "tuning": ("Evaluation", "Tuning"),
+    "warm": ("load_compile_cache", "save_compile_cache"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -85,8 +87,8 @@ __all__ = [
     "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
-    "capture", "export", "load", "materialize", "optimizer_groups", "plot_ranks", "restore_base",
-    "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_peft", "to_pt2",
+    "capture", "export", "load", "load_compile_cache", "materialize", "optimizer_groups", "plot_ranks", "restore_base",
+    "save_compile_cache", "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_peft", "to_pt2",
     "to_safetensors",
     "together", "tune", "verify",
 ]  # fmt: skip

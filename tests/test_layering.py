@@ -24,7 +24,7 @@ ORDER = [
     "runs", "early", "link", "fusing", "functions", "surrounding", "live", "switching", "virtual",
     "constant_cache",
     "prefixes", "rates", "schedules", "callbacks", "footprint", "tuner", "witness",
-    "proof", "spectra", "analysis", "survival", "kernels", "machine", "resident",
+    "proof", "spectra", "analysis", "survival", "kernels", "machine", "warm", "resident",
     "libraries", "runtime", "passes", "exporters", "recipe",
     "merging", "api", "training", "evaluation", "terminal", "inspection", "analysis_view",
     "ranks_view", "planning", "demo_model", "demo", "cli_options", "cli_plan", "cli_tune", "cli",
