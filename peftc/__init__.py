@@ -87,10 +87,9 @@ __all__ = [
     "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
-    "capture", "export", "load", "load_compile_cache", "materialize", "optimizer_groups", "plot_ranks", "restore_base",
-    "save_compile_cache", "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_peft", "to_pt2",
-    "to_safetensors",
-    "together", "tune", "verify",
+    "capture", "export", "load", "load_compile_cache", "materialize", "optimizer_groups",
+    "plot_ranks", "restore_base", "save_compile_cache", "schedule", "score", "to_adapterhub",
+    "to_cache", "to_onnx", "to_peft", "to_pt2", "to_safetensors", "together", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """What torch.compile made of a live model, kept beside its artifact, so that a start need not wait.
 
-Format: torch's portable cache (`torch.compiler.save_cache_artifacts`) and a JSON file that says which
-torch and machine it is for, and its hash. Like the library of a compiled model it is code that
-will run: load it from places that you trust.
+Format: torch's portable cache (`torch.compiler.save_cache_artifacts`), and a JSON file that has its
+hash and says which torch and machine it is for. Like a library it is code that will run: load it
+only from where you trust.
 """
 
 from __future__ import annotations
