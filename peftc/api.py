@@ -14,7 +14,6 @@ from peftc.contract import Pass, safe_name
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
 from peftc.exporters.to_adapterhub import to_adapterhub
-from peftc.exporters.to_cache import to_cache
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
     folders,
@@ -331,6 +330,8 @@ def export(
         "remarks": {"merge": report} if report else {},
     }
     if format == "cache":
+        from peftc.exporters.to_cache import to_cache  # which imports transformers
+
         return to_cache(program, target, model=merge, **how)
     if format == "peft":
         return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)

@@ -101,6 +101,12 @@ def test_modules_of_the_command_line_import_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_main_jobs_import_no_transformers() -> None:
+    """Its import takes seconds, which a merge of a known configuration does not need."""
+    code = "import sys, peftc.api; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_exported_names_are_none_of_modules() -> None:
     """A module that is imported becomes the package's attribute of its name, whatever that was."""
     import peftc
