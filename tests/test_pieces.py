@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,16 +65,17 @@ def test_pieces_compute_what_the_whole_does(
 
 def _whole(whole: Whole, named: Tensors) -> tuple[torch.Tensor, ...]:
     """The graph as it is, node by node."""
-    env: dict[torch.fx.Node, object] = {}
+    env: dict[torch.fx.Node, Any] = {}
     for node in whole.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             env[node] = named[str(node.target)]
         elif node.op == "output":
-            return tuple(env[n] for n in node.args[0])  # type: ignore[misc]
+            return tuple(env[n] for n in node.args[0])
         else:
-            args = torch.fx.node.map_arg(node.args, env.__getitem__)
-            kwargs = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
-            env[node] = node.target(*args, **kwargs)
+            args: Any = torch.fx.node.map_arg(node.args, env.__getitem__)
+            kwargs: Any = torch.fx.node.map_arg(node.kwargs, env.__getitem__)
+            call: Any = node.target
+            env[node] = call(*args, **kwargs)
     raise AssertionError
 
 
@@ -86,5 +88,5 @@ def test_a_slot_s_rank_is_a_size_that_varies(tmp_path: Path) -> None:
     assert len(swap.insert([whole])) == 6
     found = cut(whole, program.context)
     assert len(found.pieces) == 3
-    shape = found.constants["model.layers.2.self_attn.v_proj.lora_A.weight"].shape
+    shape: tuple[Any, ...] = found.constants["model.layers.2.self_attn.v_proj.lora_A.weight"].shape
     assert not isinstance(shape[0], int) and shape[1] == 32
