@@ -77,15 +77,21 @@ class Cut:
     mode: FakeTensorMode
 
 
-def cut(whole: Whole, context: int | None = None, device: str = "cpu") -> Cut:
+def cut(whole: Whole, context: int | None = None, device: str = "cpu", least: float = 2) -> Cut:
     """Cuts a whole-model graph where a layer ends or begins.
 
     Args:
         whole: The graph; a constant's `val` says its shape and dtype.
         context: How many positions the model has, if that is known.
         device: Where it is to run.
+        least: How often a piece must be called on average, else nothing is cut: of few layers
+            more time goes into several libraries than into one graph.
     """
-    return _Cutter(whole, context or 2**20, device).run()
+    runs = list(regions(whole.graph))
+    found = _Cutter(whole, context or 2**20, device).run(runs)
+    if len(found.steps) > least * len(found.pieces):
+        return found
+    return _Cutter(whole, context or 2**20, device).run([[n for run in runs for n in run]])
 
 
 def layer_of(node: fx.Node) -> str | None:
@@ -142,9 +148,9 @@ class _Cutter:
         self.constants: dict[str, torch.Tensor] = {}
         self.steps: list[Step] = []
 
-    def run(self) -> Cut:
+    def run(self, runs: Sequence[list[fx.Node]]) -> Cut:
         self._name()
-        for nodes in regions(self.whole.graph):
+        for nodes in runs:
             self._step(nodes)
         return Cut(self.pieces, tuple(self.steps), self.constants, self.mode)
 

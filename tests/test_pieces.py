@@ -43,8 +43,9 @@ def test_pieces_compute_what_the_whole_does(
 ) -> None:
     program = peftc.capture(saved(FAMILIES[name], tmp_path))
     whole = capture_whole(program)[0]
-    found = cut(whole, program.context)
+    found = cut(whole, program.context, least=1)
     assert (len(found.pieces), len(found.steps)) == (pieces, calls)
+    assert len(cut(whole, program.context, least=3).pieces) == 1
     generator = torch.Generator().manual_seed(1)
     sizes = {"batch": 3, "sequence": 4, "past": 6, "past + sequence": 10}
     given: Tensors = {}
@@ -86,7 +87,7 @@ def test_a_slot_s_rank_is_a_size_that_varies(tmp_path: Path) -> None:
     whole = capture_whole(program)[0]
     swap = Swap.of(program, "swap", "q_proj,v_proj")
     assert len(swap.insert([whole])) == 6
-    found = cut(whole, program.context)
+    found = cut(whole, program.context, least=1)
     assert len(found.pieces) == 3
     shape: tuple[Any, ...] = found.constants["model.layers.2.self_attn.v_proj.lora_A.weight"].shape
     assert not isinstance(shape[0], int) and shape[1] == 32
