@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.artifact import Artifact, digest
+from peftc.artifact import MANIFEST, Artifact, digest
 from peftc.calling import MASK, POSITIONS, Tensors
 from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, InputError, PeftcError, raise_all
@@ -48,11 +48,18 @@ def load(path: str | Path, *, verify: bool = False) -> Runtime:
             where=str(path),
             fix="export it with --format pt2",
         )
-    told = artifact.manifest["pt2"]
-    errors = differences(told["built"], here(told["built"]["device"]), str(path))
-    errors += artifact.damage() if verify else _foreign(artifact, told["library"])
-    raise_all(errors)
-    return Runtime(artifact.path, told)
+    try:
+        told = artifact.manifest["pt2"]
+        errors = differences(told["built"], here(told["built"]["device"]), str(path))
+        errors += artifact.damage() if verify else _foreign(artifact, told["library"])
+        raise_all(errors)
+        return Runtime(artifact.path, told)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"is damaged: {error!r} where its libraries are described",
+            where=str(artifact.path / MANIFEST),
+            fix="export it again",
+        ) from error
 
 
 def _foreign(artifact: Artifact, name: str) -> list[PeftcError]:

@@ -205,6 +205,12 @@ def test_an_artifact_of_another_machine_is_refused(
     assert "export it again" in str(caught.value.fix)
 
 
+def test_a_manifest_that_lacks_a_part_is_refused(compiled: Path, tmp_path: Path) -> None:
+    copy = edited(compiled, tmp_path, lambda told: told.pop("graphs"))
+    with pytest.raises(ArtifactError, match="damaged: KeyError"):
+        load(copy)
+
+
 def test_all_differences_of_a_machine_are_told_at_once() -> None:
     built = {**here(), "torch": "0.4", "system": "Plan9"}
     assert len(differences(built, here(), "model.pt2")) == 2
