@@ -308,7 +308,8 @@ class Runtime:
         for name in takes.keys() & given.keys():
             errors += misshapen(takes[name], given[name], sizes)
         past, now = sizes.get("past", 0), sizes.get("sequence", 0)
-        total, limit = sizes.get("past + sequence", now), self.told["limits"].get("past + sequence")
+        total = sizes.get("past + sequence", past + now)
+        limit = self.told["limits"].get("past + sequence")
         if not errors and "past" in sizes and total != past + now:
             errors.append(
                 InputError(
