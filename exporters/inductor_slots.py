@@ -12,7 +12,7 @@ from torch import fx
 
 from peftc.artifact import Staging
 from peftc.contract import safe_name
-from peftc.deltas import alone, deltas
+from peftc.deltas import alone, deltas, unstackable, untold
 from peftc.errors import AdapterError, CaptureError, PeftcError, located, raise_all
 from peftc.evaluate import value
 from peftc.graphs import Spec, aten
@@ -54,8 +54,10 @@ class Swap:
                 alone, or all linear layers where there is no adapter.
 
         Raises:
-            PeftcError: A target has no slot.
+            PeftcError: A target has no slot, or an adapter is more than branches beside layers.
         """
+        obstacles = [*unstackable(program), *untold(program, list(program.adapters))]
+        raise_all(located(obstacles, "--adapters"))
         touched = {fqn for adapter in program.adapters.values() for fqn in adapter.sites}
         base = alone(program, [])
         if targets is not None or not touched:

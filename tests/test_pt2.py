@@ -304,6 +304,12 @@ def test_an_adapter_that_is_not_finite_is_refused(
         runtime.load_adapter(folder)
 
 
+def test_a_prompt_has_no_slot(base: Path, tmp_path: Path) -> None:
+    prompted = peftc.Pipeline([peftc.PromptTuning(virtual_tokens=2)]).run(peftc.capture(base))
+    with pytest.raises(PeftcError, match="virtual tokens"):
+        peftc.to_pt2(prompted, tmp_path / "out", adapters="swap")
+
+
 def test_a_checkpoint_is_no_compiled_model(base: Path) -> None:
     with pytest.raises(PeftcError):
         load(base)
