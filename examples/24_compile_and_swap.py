@@ -18,7 +18,7 @@ base = tiny_checkpoint(folder)
 fr, de = (tiny_adapter(folder, base, name, seed) for seed, name in enumerate(["fr", "de"]))
 
 artifact = peftc.export(
-    base, folder / "compiled", format="pt2", swap="swap", slots="all-linear",
+    base, folder / "compiled", format="pt2", swap=True, slots="all-linear",
     adapters=[(str(fr), 1.0)],
 )  # fmt: skip
 print("compiled against eager torch:", artifact.manifest["proof"]["pt2"]["model"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,11 @@ from peftc.whole import Whole
 
 
 def prove(
-    path: Path, wholes: Sequence[Whole], model: nn.Module, bound: float | None = BOUND
+    path: Path,
+    wholes: Sequence[Whole],
+    model: nn.Module,
+    bound: float | None = BOUND,
+    adapters: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Compares the graphs of a directory with a model in eager torch.
 
@@ -28,6 +32,7 @@ def prove(
         model: What they must equal, in fp32.
         bound: On the largest difference over the largest value; None for graphs whose weights are
             quantized, of which the difference is only measured.
+        adapters: The file of the adapter that is in each graph's slots, by the graph's file.
 
     Raises:
         ProofError: They differ by more than the bound, or onnxruntime fails.
@@ -35,12 +40,15 @@ def prove(
     figures = {}
     for call in calls(model):
         whole = next(whole for whole in wholes if whole.name == call.name)
-        file = f"{whole.name}.onnx"
-        run = _runner(session(path / file), whole)
-        figures[file] = compare(
-            whole, call, model, run, where=file, runtime="onnxruntime", bound=bound
-        )
-        del run
+        file = path / f"{whole.name}.onnx"
+        graph = session(file)
+        if adapter := (adapters or {}).get(file.name):
+            graph = Adapted(graph, adapter)
+        figures[file.name] = compare(
+            whole, call, model, _runner(graph, whole), where=file.name, runtime="onnxruntime",
+            bound=bound,
+        )  # fmt: skip
+        del graph
         gc.collect()
     return {"bound": bound, "input": "random, seed 0", "shapes": SHAPES, **figures}
 
@@ -58,6 +66,25 @@ def session(path: Path, threads: int = 0) -> Any:
             where=str(path),
             fix="it takes opset 23 from version 1.23 on",
         ) from error
+
+
+class Adapted:
+    """A session with an adapter in its slots at every run.
+
+    Args:
+        graph: The session.
+        file: An `.onnx_adapter` file.
+    """
+
+    def __init__(self, graph: Any, file: Path) -> None:
+        self.graph, self.options = graph, onnxruntime.RunOptions()
+        self.adapter = onnxruntime.LoraAdapter()  # which the options refer to
+        self.adapter.Load(str(file))
+        self.options.add_active_adapter(self.adapter)
+
+    def run(self, outputs: Sequence[str], given: Mapping[str, Any]) -> Any:
+        """As the session's own."""
+        return self.graph.run(outputs, given, self.options)
 
 
 def _runner(graph: Any, whole: Whole) -> Run:

@@ -177,7 +177,7 @@ def _proof(
         gc.collect()
         runtime.swap(name)
         model = materialize(alone(program, [name]), dtype=torch.float32)
-        proved.setdefault("adapters", {})[name] = _compared(runtime, model)
+        proved.setdefault("pt2_adapters", {})[name] = _compared(runtime, model)
     return proved
 
 

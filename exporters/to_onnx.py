@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,12 +14,15 @@ from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
 from peftc.exporters.cases import BOUND
+from peftc.exporters.onnx_adapters import size
 from peftc.exporters.onnx_fusing import fuse
 from peftc.exporters.onnx_genai import FILE, genai_config
 from peftc.exporters.onnx_lowering import OPSET, Lowering
 from peftc.exporters.onnx_needs import onnx, onnx_ir
 from peftc.exporters.onnx_proof import prove
 from peftc.exporters.onnx_quantized import OwnWeights, Weights, weights_of
+from peftc.exporters.onnx_slots import Slots
+from peftc.exporters.onnx_swap import Swap
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_weights import StoredWeights
 from peftc.exporters.to_safetensors import folders, manifest, states, write_model
@@ -52,6 +55,8 @@ def to_onnx(
     target: str | Path,
     *,
     weights: Weights = "stored",
+    adapters: Literal["swap"] | None = None,
+    slots: str | Sequence[str] | None = None,
     overwrite: bool = False,
     proof: Extent = "auto",
     workers: int | None = None,
@@ -65,11 +70,15 @@ def to_onnx(
     session is made.
 
     Args:
-        program: What to write; its adapters must be merged.
+        program: What to write; its adapters must be merged, or are to be swapped.
         target: A directory that does not exist.
         weights: `stored` refers to the merged checkpoint's; the others are in a file of the graph's
             own, and no checkpoint is written: `fp32`; `int8` and `int4`, linear layers in steps of
             their own for each 32 weights of a row, an output head always in 8 bits.
+        adapters: `swap` leaves slots for low-rank adapters in the graphs, which are given at run
+            time, and writes each of the program's adapters as a file for them.
+        slots: Which layers have one, as a pass's targets say it, beside those that the adapters
+            change; default: just these, or all linear layers where there is no adapter.
         overwrite: Replace an artifact that peftc wrote there.
         proof: `sites` compares each rewritten site; `whole` also what onnxruntime computes with
             what eager torch does, in fp32, for which the model is loaded twice; `auto` does that up
@@ -81,40 +90,51 @@ def to_onnx(
     Raises:
         CaptureError: The model cannot be captured, or an operator has no ONNX; it names the module.
         ArtifactError: The target cannot be written, or the program still carries adapters.
+        PeftcError: An adapter that is to be swapped is more than low-rank branches.
         ProofError: onnxruntime computes something else.
         MissingDependency: onnx, onnx-ir or onnxruntime is not installed.
     """
-    if program.adapters:
+    swap = None if adapters is None else Swap.of(program, slots)
+    if swap is None and program.adapters:
         raise ArtifactError(
             f"the program still carries the adapter {', '.join(program.adapters)}",
             where=str(target),
-            fix="merge it (--merge), or write it with --format peft",
+            fix="merge it (--merge), leave it to be given at run time (--adapters swap), or write "
+            "it with --format peft",
         )
-    target = Path(target)
+    target, base = Path(target), swap.base if swap else program
     before = states(program)
     progress.stage("capture")
-    lowered = lower(program, weights)
+    lowered = lower(base, weights, swap.slots if swap else None)
     own = lowered.weights.own_shards()
-    shards = plan(program) if weights == "stored" else []
+    shards = plan(base) if weights == "stored" else []
     need = sum(shard.size for shard in (*shards, *own))
-    key = key_of(program.fingerprint, before, versions(), tool_versions(), proof, weights)
+    need += sum(map(size, swap.branches.values())) if swap else 0
+    asked = proof, weights, adapters, slots
+    key = key_of(program.fingerprint, before, versions(), tool_versions(), asked)
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
         progress.stage("link", need)
-        measured = write_model(program, stage, shards=shards, workers=workers, progress=progress)
-        link(program, stage, shards=own, workers=workers, progress=progress)
+        measured = write_model(base, stage, shards=shards, workers=workers, progress=progress)
+        link(base, stage, shards=own, workers=workers, progress=progress)
         for name, content in lowered.files.items():
             stage.add(name, content)
-        if (config := genai_config(program, lowered.wholes)) is not None:
+        if (config := genai_config(base, lowered.wholes)) is not None:
             stage.add(FILE, config)
+        swapped = swap.write(stage) if swap else {}
         progress.stage("check")
         check(stage)
         progress.stage("prove")
         proved: dict[str, Any] = {}
         if weights == "stored":
-            proved["site"] = site_proof(program, measured)
-        proved |= _proof(program, stage.path, lowered, proof, progress)
+            proved["site"] = site_proof(base, measured)
+        proved |= _proof(base, stage.path, lowered, proof, progress)
+        if swap:
+            figures = proved["onnx"]
+            proved["onnx_adapters"] = swap.prove(
+                stage.path, swapped, lowered.wholes, figures, progress
+            )
         changed = [path for path, state in states(program).items() if before[path] != state]
         if changed:
             raise CheckpointError(
@@ -124,6 +144,7 @@ def to_onnx(
         report = {
             "opset": OPSET,
             **lowered.weights.report,
+            **swapped,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
         more = {"proof": proved, "onnx": report, **(remarks or {})}
@@ -155,18 +176,20 @@ def _proof(
     return {**proved, "onnx": prove(path, lowered.wholes, model, bound)}
 
 
-def lower(program: Program, kind: Weights = "stored") -> Lowered:
+def lower(program: Program, kind: Weights = "stored", slots: Slots | None = None) -> Lowered:
     """A program's graphs as ONNX; no weight is read.
 
     Raises:
-        CaptureError: The model cannot be captured, or an operator has no ONNX.
+        CaptureError: The model cannot be captured, an operator has no ONNX, or a layer no slot.
     """
     wholes = capture_whole(program, torch.float32)
-    weights = weights_of(program, kind)
+    weights, table = weights_of(program, kind), slots.table if slots else TABLE
     models = {}
     for whole in wholes:
         fuse(whole.graph)
-        models[f"{whole.name}.onnx"] = Lowering(whole, weights, TABLE).model()
+        model = Lowering(whole, weights, table).model()
+        models[f"{whole.name}.onnx"] = slots.open(model) if slots else model
+    raise_all(slots.lacking() if slots else [])
     weights.bind()
     return Lowered(wholes, models, weights)
 
@@ -201,8 +224,12 @@ def external_data(path: Path) -> list[PeftcError]:
     """An error for each tensor of a directory's graphs that is not wholly inside of its files."""
     errors: list[PeftcError] = []
     for file in sorted(path.glob("*.onnx")):
-        proto = onnx.load(str(file), load_external_data=False)
-        for tensor in proto.graph.initializer:
+        try:
+            proto = onnx.load(str(file), load_external_data=False)
+        except Exception:  # protobuf's, whose class depends on how it was built
+            errors.append(ArtifactError("is no graph", where=str(file), fix="export it again"))
+            continue
+        for tensor in _tensors(proto.graph):
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
             place = {entry.key: entry.value for entry in tensor.external_data}
@@ -210,7 +237,7 @@ def external_data(path: Path) -> list[PeftcError]:
                 data = contained(path, place["location"])
                 end = int(place.get("offset", 0)) + int(place["length"])
                 good = int(place.get("offset", 0)) >= 0 and end <= data.stat().st_size
-            except (PeftcError, OSError, KeyError, ValueError):
+            except (PeftcError, OSError, KeyError, TypeError, ValueError):
                 good = False
             if not good:
                 errors.append(
@@ -223,6 +250,17 @@ def external_data(path: Path) -> list[PeftcError]:
     return errors
 
 
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a graph holds, in its nodes' attributes too."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
+
+
 def verify_onnx(
     artifact: Artifact, program: Program, extent: Extent, progress: Progress
 ) -> dict[str, Any]:
@@ -233,13 +271,20 @@ def verify_onnx(
         ProofError: onnxruntime computes something else.
     """
     raise_all(external_data(artifact.path)[:5])
-    kind = artifact.manifest["onnx"]["weights"]
-    report: dict[str, Any] = {}
+    said = artifact.manifest["onnx"]
+    kind, report = said["weights"], dict[str, Any]()
+    swap = Swap.of(program, list(said["slots"])) if "slots" in said else None
+    base = swap.base if swap else program
     if kind == "stored":
         progress.stage("compare layers")
         written = Checkpoint.open(artifact.path)
-        report["site"] = site_proof(program, watch_file(program, written))
-    return report | _proof(program, artifact.path, lower(program, kind), extent, progress)
+        report["site"] = site_proof(base, watch_file(base, written))
+    lowered = lower(base, kind, swap.slots if swap else None)
+    report |= _proof(base, artifact.path, lowered, extent, progress)
+    if swap:
+        figures = report["onnx"]
+        report["onnx_adapters"] = swap.prove(artifact.path, said, lowered.wholes, figures, progress)
+    return report
 
 
 def tool_versions() -> dict[str, str]:

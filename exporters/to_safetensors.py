@@ -47,16 +47,11 @@ def to_safetensors(
         CheckpointError: A source file changed while it was read.
         ProofError: The written weights are not equal to what they came from.
     """
-    if program.adapters:
-        raise ArtifactError(
-            f"the program still carries the adapter {', '.join(program.adapters)}",
-            where=str(target),
-            fix="merge it (--merge), or write it with --format peft",
-        )
+    refuse_adapters(program, target)
     target = Path(target)
     before = states(program)
     need = sum(shard.size for shard in plan(program))
-    key = key_of(program.fingerprint, before, versions(), proof)
+    key = key_for(program, before, proof)
     claim = head.hand_over(before) if head else None
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite, claim=claim
@@ -76,6 +71,21 @@ def to_safetensors(
         progress.stage("publish")
         stage.publish(manifest(program, "model", proof=proved, **(remarks or {})))
     return Artifact.open(target)
+
+
+def refuse_adapters(program: Program, target: str | Path) -> None:
+    """Raises an error unless a program is a plain model."""
+    if program.adapters:
+        raise ArtifactError(
+            f"the program still carries the adapter {', '.join(program.adapters)}",
+            where=str(target),
+            fix="merge it (--merge), or write it with --format peft",
+        )
+
+
+def key_for(program: Program, before: Mapping[str, list[int]], proof: Extent) -> str:
+    """What the writing of a program depends on, the states of its files among it."""
+    return key_of(program.fingerprint, before, versions(), proof)
 
 
 def write_model(

@@ -281,6 +281,12 @@ def _same(program: Program, fqn: str, leaf: Constant) -> bool:
     from peftc.evaluate import value
 
     own = program.constants.get(fqn)
+    if own is not None and getattr(getattr(own, "tensor", None), "is_meta", False):
+        raise AdapterError(
+            "is the base's own weight, which the base has in another form, not to be compared",
+            where=fqn,
+            fix="save the adapter without it (PEFT's save_embedding_layers=False)",
+        )
     return own is not None and own.spec == leaf.spec and bool(value(own).equal(value(leaf)))
 
 

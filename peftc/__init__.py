@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from peftc.exporters.to_cache import to_cache
     from peftc.exporters.to_inductor import to_pt2
     from peftc.exporters.to_onnx import to_onnx
+    from peftc.exporters.to_onnx_adapter import to_onnx_adapter
     from peftc.exporters.to_peft import to_peft
     from peftc.exporters.to_safetensors import to_safetensors
     from peftc.live import absorb, materialize
     from peftc.mixing import together
+    from peftc.parts import export_part, finish
     from peftc.passes.attach import Attach
     from peftc.passes.combine import Combine
     from peftc.passes.fold import Fold
@@ -58,10 +60,12 @@ _HOMES = {
     "exporters.to_cache": ("to_cache",),
     "exporters.to_inductor": ("to_pt2",),
     "exporters.to_onnx": ("to_onnx",),
+    "exporters.to_onnx_adapter": ("to_onnx_adapter",),
     "exporters.to_peft": ("to_peft",),
     "exporters.to_safetensors": ("to_safetensors",),
     "live": ("absorb", "materialize"),
     "mixing": ("together",),
+    "parts": ("export_part", "finish"),
     "passes.attach": ("Attach",),
     "passes.combine": ("Combine",),
     "passes.fold": ("Fold",),
@@ -87,9 +91,10 @@ __all__ = [
     "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
-    "capture", "export", "load", "load_compile_cache", "materialize", "optimizer_groups",
-    "plot_ranks", "restore_base", "save_compile_cache", "schedule", "score", "to_adapterhub",
-    "to_cache", "to_onnx", "to_peft", "to_pt2", "to_safetensors", "together", "tune", "verify",
+    "capture", "export", "export_part", "finish", "load", "load_compile_cache", "materialize",
+    "optimizer_groups", "plot_ranks", "restore_base", "save_compile_cache", "schedule", "score",
+    "to_adapterhub", "to_cache", "to_onnx", "to_onnx_adapter", "to_peft", "to_pt2",
+    "to_safetensors", "together", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftc.artifact import MANIFEST, Artifact, key_of, staging
-from peftc.capturing import capture
+from peftc.capturing import capture, capture_config
 from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass, safe_name
+from peftc.deltas import alone
 from peftc.early import HeadStart
-from peftc.errors import ArtifactError, CheckpointError, ProofError, raise_all
+from peftc.errors import ArtifactError, CheckpointError, ProofError, located, raise_all
 from peftc.exporters.to_adapterhub import to_adapterhub
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
@@ -28,7 +29,7 @@ from peftc.merging import MergeBase, Then
 from peftc.merging import merge as merge_adapters
 from peftc.passes.attach import Attach
 from peftc.pipeline import Pipeline
-from peftc.program import Program
+from peftc.program import Entry, Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watch_file, whole_proof
 from peftc.recipe import build
@@ -187,6 +188,14 @@ def verify(
             written = Checkpoint.open(artifact.path / "base")
             report["site"] = site_proof(built, watch_file(built, written))
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
+    if artifact.manifest["kind"] == "onnx-adapter":
+        from peftc.exporters.to_onnx_adapter import slotted, verify_onnx_adapter
+
+        home = slotted(Path(artifact.manifest["source"]["path"]))
+        steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
+        program = _onto(home, build(steps, str(artifact.path / MANIFEST)), extent)
+        _unmoved(artifact, program)
+        return report | verify_onnx_adapter(artifact, program, extent, progress)
     if not (artifact.path / "config.json").is_file():  # no weights
         return report
     progress.stage("rebuild")
@@ -228,12 +237,72 @@ def rebuild(artifact: Artifact) -> Program:
         )
     steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
     built = Pipeline(build(steps, str(artifact.path / MANIFEST))).run(replace(program, journal=()))
+    _unmoved(artifact, built)
+    return built
+
+
+def _unmoved(artifact: Artifact, built: Program) -> None:
+    """Checks that the adapters that an artifact was made from are what they were."""
     now = inputs(built)
     if moved := sorted(p for p, d in artifact.manifest["inputs"].items() if now.get(p) != d):
         raise CheckpointError(
             f"is no longer what {artifact.path} was made from", where=moved[0], fix="restore it"
         )
-    return built
+
+
+def _onto(home: Artifact, attach: Sequence[Pass], extent: Extent) -> Program:
+    """The program of an ONNX base with adapters attached, whose weights are not read.
+
+    Args:
+        home: The base.
+        attach: The passes that attach the adapters. Their numbers are not checked: for that the
+            base's weights would have to be there.
+        extent: `whole` needs a program with values.
+    """
+    if home.manifest["onnx"]["weights"] == "stored":
+        program = capture(home.path)
+    else:
+        program = alone(rebuild(home), []) if extent == "whole" else capture_config(home.path)
+    program = replace(program, journal=())
+    for step in attach:
+        raise_all(located(step.check(program), "--adapter"))
+        options = step.model_dump(mode="json", exclude_defaults=True)
+        entry = Entry("attach", options, step.effect.value, 0, True, {})
+        program = step.run(program).program
+        program = replace(program, journal=(*program.journal, entry))
+    return program
+
+
+def prepare(
+    source: str | Path,
+    merge: bool = False,
+    adapters: Sequence[tuple[str, float]] = (),
+    merge_base: MergeBase | None = None,
+    then: Then | None = None,
+    original: str | Path | None = None,
+    force: bool = False,
+    keep_virtual: bool = False,
+    named: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Program, dict[str, Any] | None]:
+    """The program that an export writes, and what was measured of a merge; see `export`."""
+    steps = build(_attaching(adapters, named), "--adapter")
+    program = Pipeline(steps).run(load(source, progress), progress)
+    if merge:
+        if not program.adapters:
+            raise ArtifactError(
+                "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
+            )
+        return merge_adapters(
+            program, merge_base, then, original, force, keep_virtual, progress=progress
+        )
+    if merge_base or then or original:
+        raise ArtifactError(
+            "merge_base, then and original say how to merge, and nothing is merged",
+            where=str(source),
+            fix="add merge=True, or leave them out",
+        )
+    return program, None
 
 
 def export(
@@ -246,11 +315,13 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal["safetensors", "onnx", "pt2", "peft", "adapterhub", "cache"] = "safetensors",
+    format: Literal[
+        "safetensors", "onnx", "onnx-adapter", "pt2", "peft", "adapterhub", "cache"
+    ] = "safetensors",
     canonical: bool = False,
     rank: int | None = None,
     weights: Literal["stored", "fp32", "int8", "int4"] = "stored",
-    swap: Literal["swap", "rows"] | None = None,
+    swap: bool | Literal["rows"] = False,
     slots: str | Sequence[str] | None = None,
     proof: Extent = "auto",
     overwrite: bool = False,
@@ -270,16 +341,17 @@ def export(
         original: Where the base's weights are as they were before they were quantized.
         force: Write 4 bits even where most of what was trained is lost.
         format: `safetensors`, a checkpoint that transformers loads; `onnx`, that and graphs that
-            onnxruntime runs on it; `pt2`, that and libraries that `peftc.runtime` runs on it; one
-            adapter, as `peft` or, a bottleneck, as `adapterhub` has it; or `cache`, a prompt or
-            prefix as constant keys and values, with `merge` beside the checkpoint that they belong
-            to.
+            onnxruntime runs on it; `onnx-adapter`, the adapters as one for the slots of the ONNX
+            base that the source is; `pt2`, a checkpoint and libraries that `peftc.runtime` runs on
+            it; one adapter, as `peft` or, a bottleneck, as `adapterhub` has it; or `cache`, a
+            prompt or prefix as constant keys and values, with `merge` beside the checkpoint that
+            they belong to.
         canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
         rank: Of the canonical LoRA; see `to_canonical`.
         weights: With `onnx` and `pt2`; see `to_onnx` and `to_pt2`.
-        swap: With `pt2`: leave slots for adapters, and write those that are attached beside; see
-            `adapters` of `to_pt2`.
-        slots: Where; see `to_pt2`.
+        swap: With `onnx` and `pt2`: leave slots for adapters, and write those that are attached
+            beside; with `pt2`, `rows` for one of each row of a batch.
+        slots: Where; see `to_onnx`.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
@@ -296,33 +368,46 @@ def export(
             where=str(target),
             fix='add format="onnx"',
         )
-    if (swap or slots is not None) and not (swap and format == "pt2"):
+    if (swap or slots is not None) and not (swap and format in ("onnx", "pt2")):
         raise ArtifactError(
-            "slots for adapters are those of libraries that are to swap them",
+            "slots for adapters are those of graphs that are to swap them",
             where=str(target),
-            fix='add format="pt2", swap="swap"',
+            fix='add format="onnx", swap=True',
+        )
+    if swap == "rows" and format != "pt2":
+        raise ArtifactError(
+            "an adapter for each row is what compiled models take",
+            where=str(target),
+            fix='add format="pt2", or give swap=True',
         )
     if format == "pt2":
         from peftc.exporters.to_inductor import to_pt2
     if format == "onnx":  # before any work: its libraries may be missing
         from peftc.exporters.to_onnx import to_onnx
-    program, report = load(source, progress), None
-    steps = _attaching(adapters, named=swap is not None)
-    program = Pipeline(build(steps, "--adapter")).run(program, progress)
-    if merge:
-        if not program.adapters:
+    if format == "onnx-adapter":
+        from peftc.exporters.to_onnx_adapter import slotted, to_onnx_adapter
+
+        if merge:
             raise ArtifactError(
-                "there is nothing to merge", where=str(source), fix="name an adapter: --adapter DIR"
+                "an adapter for slots is not merged", where=str(target), fix="leave out merge"
             )
-        program, report = merge_adapters(
-            program, merge_base, then, original, force, format == "cache", progress=progress
+        home = slotted(resolve(source))
+        program = _onto(home, build(_attaching(adapters, named=True), "--adapter"), proof)
+        return to_onnx_adapter(
+            program, home.path, target, overwrite=overwrite, proof=proof, progress=progress
         )
-    elif merge_base or then or original:
-        raise ArtifactError(
-            "merge_base, then and original say how to merge, and nothing is merged",
-            where=str(source),
-            fix="add merge=True, or leave them out",
-        )
+    program, report = prepare(
+        source,
+        merge,
+        adapters,
+        merge_base,
+        then,
+        original,
+        force,
+        format == "cache",
+        bool(swap),
+        progress,
+    )
     how: dict[str, Any] = {
         "overwrite": overwrite,
         "workers": workers,
@@ -339,9 +424,15 @@ def export(
         return to_adapterhub(program, target, overwrite=overwrite)
     if format == "pt2":
         form: Literal["stored", "fp32"] = "fp32" if weights == "fp32" else "stored"
-        return to_pt2(program, target, weights=form, adapters=swap, slots=slots, proof=proof, **how)
+        mode: Literal["swap", "rows"] | None = (
+            "rows" if swap == "rows" else "swap" if swap else None
+        )
+        return to_pt2(program, target, weights=form, adapters=mode, slots=slots, proof=proof, **how)
     if format == "onnx":
-        return to_onnx(program, target, weights=weights, proof=proof, **how)
+        swapped: Literal["swap"] | None = "swap" if swap else None
+        return to_onnx(
+            program, target, weights=weights, adapters=swapped, slots=slots, proof=proof, **how
+        )
     return to_safetensors(program, target, proof=proof, head=head, **how)
 
 

@@ -20,7 +20,7 @@ from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, PeftcError, raise_all
 
 MANIFEST = "peftc.json"
-KINDS = ("apply", "model", "adapter", "cache", "onnx", "pt2")
+KINDS = ("apply", "model", "adapter", "cache", "onnx", "onnx-adapter", "pt2")
 SCHEMA = 1
 LOG = "done.jsonl"  # in a staging directory: what is finished
 AHEAD = "ahead"  # in one too: what was copied before it was known to be needed

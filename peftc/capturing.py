@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from peftc import graphs
 from peftc.attention import Attention, find
-from peftc.checkpoint import Checkpoint, resolve
+from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.constants import Constant, Held, Leaf, Packed, derive
 from peftc.conversion import Arrangement, arrange
 from peftc.errors import CaptureError
@@ -217,8 +218,33 @@ def capture_checkpoint(checkpoint: Checkpoint, name: str) -> Program:
         CaptureError: It is quantized in a way that peftc does not read.
     """
     _check_quantization(checkpoint)
+    _check_depth(checkpoint)
     source = CheckpointSource(checkpoint, name, checkpoint_outline(checkpoint))
     return assemble(source, source.constants())
+
+
+def capture_config(path: str | Path) -> Program:
+    """Captures what a directory's config.json describes, where its weights are not to be had.
+
+    Its constants have shapes and no values (they are fp32 on the meta device): adapters bind to
+    the program, and nothing that reads a weight runs on it.
+
+    Raises:
+        CheckpointError: There is no config.json.
+        CaptureError: transformers has no such architecture.
+    """
+    root = Path(path)
+    checkpoint = Checkpoint(root, read_json(root / "config.json", "a checkpoint"), (), False)
+    outline = checkpoint_outline(checkpoint)
+    constants: dict[str, Constant] = {
+        fqn: Held(torch.empty(shape, device="meta"))
+        for fqn, shape in outline.tensors.items()
+        if fqn not in outline.aliases
+    }
+    stored = {fqn: fqn for fqn in constants}
+    constants |= {tied: constants[owner] for tied, owner in outline.aliases.items()}
+    source = CheckpointSource(checkpoint, str(root.resolve()), outline)
+    return _program(source, outline, constants, stored)
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:
@@ -233,6 +259,43 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         where=str(checkpoint.path / "config.json"),
         fix="start from the original, or save it dequantized: model.dequantize() in transformers",
     )
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """Refuses a config of more layers than there are tensors, whose model could take for ever."""
+
+    def counts(value: Any, at: str = "") -> Iterator[tuple[str, int]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from counts(inner, str(key))
+        elif isinstance(value, int) and re.fullmatch(
+            r"(num_|n_)?((encoder|decoder|hidden)_)?layers?|depth", at
+        ):
+            yield at, value
+
+    there = len(checkpoint.tensors)
+    most = max(64, there)  # a few are soon built, and what lacks is told better
+    for name, count in counts(dict(checkpoint.config)):
+        if count > most:
+            raise CaptureError(
+                f"asks for {count} layers ({name}), and there are {there} tensors",
+                where=str(checkpoint.path / "config.json"),
+                fix="use the config.json that belongs to these weights",
+            )
+
+
+def _check_layers(source: CheckpointSource, found: Collection[str]) -> None:
+    """Refuses weights without a whole layer, which transformers would fill with random ones."""
+    layers: dict[str, bool] = {}
+    for fqn in source.outline.tensors:
+        if match := re.match(r"(.*?\.\d+)\.", fqn):
+            layers[match[1]] = layers.get(match[1], False) or fqn in found
+    if empty := [layer for layer, there in layers.items() if not there]:
+        raise CaptureError(
+            f"holds nothing of {len(empty)} layers: {', '.join(empty[:3])}",
+            where=str(source.checkpoint.path),
+            fix="download all of it, or use the config.json that belongs to these weights",
+        )
 
 
 def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Program:
@@ -280,6 +343,7 @@ def assemble(source: CheckpointSource, tensors: Mapping[str, Constant]) -> Progr
         if one := constants.get(owner) or constants.get(tied):
             constants.setdefault(owner, one)
             constants.setdefault(tied, one)
+    _check_layers(source, constants)
     return replace(_program(source, outline, constants, stored), parts=parts)
 
 

@@ -15,9 +15,11 @@ from peftc.cli_options import PassGroup, adapters, describe
 from peftc.cli_options import common as _common
 from peftc.cli_options import needed as _needed
 from peftc.cli_options import output as _output
+from peftc.cli_parts import finish, run_part
 from peftc.cli_plan import plan
 from peftc.cli_tune import evaluate, tune
 from peftc.errors import PeftcError, RecipeError, located, raise_all
+from peftc.reports import say_canonical, say_merge, say_proof
 from peftc.terminal import Terminal, hush
 
 PROOFS = click.Choice(["auto", "sites", "whole"])
@@ -32,6 +34,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(finish)
 cli.add_command(plan)
 cli.add_command(tune)
 cli.add_command(evaluate)
@@ -115,7 +118,9 @@ def _apply(
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
     "--format", "form",
-    type=click.Choice(["safetensors", "onnx", "pt2", "peft", "adapterhub", "cache"]),
+    type=click.Choice(
+        ["safetensors", "onnx", "onnx-adapter", "pt2", "peft", "adapterhub", "cache"]
+    ),
     default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
 @click.option(
@@ -135,7 +140,7 @@ def _apply(
 )
 @click.option(
     "--adapters", "swapped", type=click.Choice(["swap", "rows"]),
-    help="With --format pt2: given at run time, one for a batch (swap) or for each row (rows).",
+    help="With --format onnx and pt2: given at run time; with pt2 for each row of a batch too.",
 )  # fmt: skip
 @click.option(
     "--slots",
@@ -147,6 +152,9 @@ def _apply(
     help="Compare each rewritten layer (sites), the logits too (whole), or that if small (auto).",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Threads; default: one per core.")
+@click.option(
+    "--shards", metavar="I/N", help="Write only this part of the files; `peftc finish` publishes."
+)
 @_common
 def export(
     src: str,
@@ -162,10 +170,11 @@ def export(
     canonical: bool,
     rank: int | None,
     weights: Any,
-    swapped: Any,
+    swapped: str | None,
     slots: str | None,
     proof: Any,
     workers: int | None,
+    shards: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -176,6 +185,8 @@ def export(
       peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
       peftc export SRC -o OUT --merge --format pt2       the same, and libraries for torch alone
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
+      peftc export SRC -o ONNX --format onnx --adapters swap          adapters at run time
+      peftc export ONNX -o OUT --format onnx-adapter --adapter DIR    one more for that base
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
     """  # noqa: D301
@@ -187,11 +198,23 @@ def export(
         raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
     if weights is not None and form not in ("onnx", "pt2"):
         raise click.UsageError("--weights is that of ONNX graphs: add --format onnx.")
-    if swapped is not None and form != "pt2":
-        raise click.UsageError("--adapters is for those of compiled models: add --format pt2.")
+    if shards is not None and form != "safetensors":
+        raise click.UsageError("--shards is for --format safetensors.")
+    if swapped is not None and form not in ("onnx", "pt2"):
+        raise click.UsageError("--adapters swap is that of graphs: add --format onnx or pt2.")
+    if swapped == "rows" and form != "pt2":
+        raise click.UsageError("--adapters rows is that of compiled models: add --format pt2.")
     if slots is not None and swapped is None:
         raise click.UsageError("--slots are for adapters at run time: add --adapters swap.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
+    job = {
+        "merge": merge, "adapters": chosen, "merge_base": merge_base, "then": then,
+        "original": original, "force": force, "proof": proof, "overwrite": overwrite,
+        "workers": workers,
+    }  # fmt: skip
+    if shards is not None:
+        run_part(src, target, shards, terminal, job)
+        return
     from peftc.early import HeadStart
 
     early: AbstractContextManager[HeadStart | None] = nullcontext()
@@ -202,14 +225,14 @@ def export(
 
         with terminal.progress() as progress:
             artifact = run(
-                src, target, merge=merge, adapters=chosen, merge_base=merge_base, then=then,
-                original=original, force=force, format=form, canonical=canonical, rank=rank,
-                weights=weights or "stored", swap=swapped, slots=slots, proof=proof,
-                overwrite=overwrite, workers=workers, progress=progress, head=head,
+                src, target, format=form, canonical=canonical, rank=rank,
+                weights=weights or "stored", slots=slots,
+                swap="rows" if swapped == "rows" else swapped is not None,
+                progress=progress, head=head, **job,
             )  # fmt: skip
-    _say_merge(terminal, artifact.manifest.get("merge"))
-    _say_proof(terminal, artifact.manifest.get("proof", {}))
-    _say_canonical(terminal, artifact.manifest.get("canonical"))
+    say_merge(terminal, artifact.manifest.get("merge"))
+    say_proof(terminal, artifact.manifest.get("proof", {}))
+    say_canonical(terminal, artifact.manifest.get("canonical"))
     terminal.wrote(target)
     terminal.data({"path": str(target), **artifact.manifest})
 
@@ -313,7 +336,7 @@ def verify(path: Path, proof: Any, as_json: bool, quiet: bool) -> None:
     with terminal.progress() as progress:
         report = run(path, proof, progress)
     terminal.say(f"[green]✓[/] {report['files']} files are what was published")
-    _say_proof(terminal, report)
+    say_proof(terminal, report)
     terminal.data(report)
 
 
@@ -359,101 +382,6 @@ def completion(shell: str) -> None:
     cls = get_completion_class(shell)
     assert cls is not None
     click.echo(cls(cli, {}, "peftc", "_PEFTC_COMPLETE").source())
-
-
-def _say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
-    if (site := proof.get("site")) and site["sites"]:
-        terminal.say(
-            f"[green]✓[/] {site['sites']} sites equal what they came from: largest relative "
-            f"error {site['relative_error']:.1e} (bound {site['bound']:.0e})"
-        )
-    whole = proof.get("whole")
-    if whole and "skipped" in whole:
-        terminal.say(f"[dim]…[/] logits not compared: {whole['skipped']}")
-    elif whole:
-        terminal.say(
-            f"[green]✓[/] logits on {whole['input']}: largest relative error "
-            f"{whole['relative_error']:.1e} (bound {whole['bound']:.0e}), KL {whole['kl']:.1e}, "
-            f"top-1 agreement {whole['top1_agreement']:.0%}"
-        )
-    if quantized := proof.get("weights"):
-        terminal.say(
-            f"[green]✓[/] every code is within a step of its weight: relative error "
-            f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
-        )
-    _say_libraries(terminal, proof.get("pt2") or {}, "")
-    for name, figures in (proof.get("adapters") or {}).items():
-        _say_libraries(terminal, figures, f" with {name}")
-    figures = proof.get("onnx") or {}
-    if "skipped" in figures:
-        terminal.say(f"[dim]…[/] graphs not compared with torch: {figures['skipped']}")
-    for name, seen in figures.items():
-        if not name.endswith(".onnx"):
-            continue
-        error = f"largest relative error {seen['relative_error']:.1e}"
-        if figures["bound"] is None:
-            terminal.say(
-                f"[yellow]![/] {name} is an approximation: {error}, top-1 agreement "
-                f"{seen['top1_agreement']:.0%}, KL {seen['kl']:.1e} ({seen['at']})"
-            )
-        else:
-            terminal.say(
-                f"[green]✓[/] {name} in onnxruntime equals eager torch: {error} "
-                f"(bound {figures['bound']:.0e}) in {seen['at']}"
-            )
-
-
-def _say_libraries(terminal: Terminal, figures: Mapping[str, Any], adapted: str) -> None:
-    """How compiled graphs compare with eager torch, with an adapter or none."""
-    if "skipped" in figures:
-        terminal.say(f"[dim]…[/] libraries not compared with torch: {figures['skipped']}")
-    for name, seen in figures.items():
-        if isinstance(seen, dict):
-            terminal.say(
-                f"[green]✓[/] {name}{adapted}, compiled, equals eager torch: largest relative "
-                f"error {seen['relative_error']:.1e} (bound {figures['bound']:.0e}) in {seen['at']}"
-            )
-
-
-def _say_merge(terminal: Terminal, report: Mapping[str, Any] | None) -> None:
-    """How a merge into a 4-bit base was done, and what is left of the update."""
-    if report is None:
-        return
-    onto = {
-        "dequantized": "the dequantized weights, on which it was trained",
-        "original": "the original weights, from before they were quantized",
-    }[report["base"]]
-    terminal.say(f"[green]✓[/] merged into {onto}")
-    if report["base"] == "dequantized" and report["original"]:
-        terminal.say(
-            f"  the original ones are there too: --merge-base original ({report['original']})"
-        )
-    if not report["sites"]:  # what was trained is in layers that are not in 4 bits
-        return
-    least, figures = min(report["sites"].items(), key=lambda item: item[1]["share"])
-    mark = "[green]✓[/]" if report["share"] >= 0.9 else "[yellow]![/]"
-    terminal.say(
-        f"{mark} {report['share']:.1%} of the update is left (least: {figures['share']:.1%} at "
-        f"{least}); output error against what was trained {report['output_error']:.1e}"
-    )
-
-
-def _say_canonical(terminal: Terminal, report: Mapping[str, Any] | None) -> None:
-    if report is None:
-        return
-    error = f"{report['relative_error']:.1e}"
-    if report["exact"]:
-        terminal.say(f"[green]✓[/] one LoRA of rank {report['rank']}, exact to {error}")
-    else:
-        terminal.say(
-            f"[yellow]![/] one LoRA of rank {report['rank']}, an approximation: "
-            f"{report['truncated_sites']} of {len(report['sites'])} sites were truncated, by up to "
-            f"{error} of what the adapter adds (at {report['at']})"
-        )
-    if (most := report["vllm_max_lora_rank"]) is None:
-        terminal.say("  vLLM takes no rank so high: give a lower one, --rank")
-    elif most > 16:
-        terminal.say(f"  vLLM needs --max-lora-rank {most}")
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -78,6 +79,16 @@ class Recipe(BaseModel):
         return build(steps, where)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, a few of which make a file of a hundred bytes into gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            name = cast(Any, self).get_event().anchor
+            raise yaml.YAMLError(f"an alias, *{name}, which recipes do not have")
+        return super().compose_node(parent, index)
+
+
 def _read(path: Path) -> Any:
     try:
         raw = path.read_bytes()
@@ -85,7 +96,7 @@ def _read(path: Path) -> Any:
             raise RecipeError(
                 f"is larger than {MAX_BYTES} bytes", where=str(path), fix="shorten it"
             )
-        return yaml.safe_load(raw)
+        return yaml.load(raw, _Loader)  # a safe one
     except OSError as error:
         raise RecipeError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check the path"
@@ -149,7 +160,7 @@ def explained(
         elif problem["type"] == "missing":
             found.append(kind(f"{at} is missing", where=where, fix=f"give {at}"))
         else:
-            got = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
+            got = "" if isinstance(problem["input"], dict) else f", not {_shown(problem['input'])}"
             text = problem["msg"].removeprefix("Value error, ")
             fix = f"correct {at or 'them'}; `{shown}` shows what there is"
             if not at and kind is RecipeError:
@@ -157,3 +168,10 @@ def explained(
             named = f"{at}: " if at else ""
             found.append(kind(f"{named}{text[0].lower() + text[1:]}{got}", where=where, fix=fix))
     return found
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, where that is short."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 120
+    return brief.repr(value)

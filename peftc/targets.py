@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 ROLES = "role:"
 ROLE_NAMES = ("query", "key", "value", "output", "up", "down")
+MOST_LAYERS = 99_999
 LINEARS = {"linear", "conv1d"}  # the kinds of site that all-linear means
 
 
@@ -27,9 +28,15 @@ def _layer_ranges(value: Any) -> Any:
     for part in value.split(","):
         low, _, high = part.strip().partition("-")
         if not low.isdigit() or (high and not high.isdigit()):
-            raise ValueError(f"{part!r} is no layer or range of layers, such as 4 or 0-3")
+            raise ValueError(f"{_short(part)} is no layer or range of layers, such as 4 or 0-3")
+        if max(len(low), len(high)) > len(str(MOST_LAYERS)) or int(high or low) > MOST_LAYERS:
+            raise ValueError(f"{_short(part)} is beyond layer {MOST_LAYERS}, which no model has")
         layers.extend(range(int(low), int(high or low) + 1))
     return layers
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def _names(value: Any) -> Any:

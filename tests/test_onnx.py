@@ -12,6 +12,7 @@ import click
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -45,6 +46,7 @@ class Runner:
 
     def __init__(self, path: Path) -> None:
         self.session = session(path / "model.onnx", threads=1)
+        self.options, self.adapters = onnxruntime.RunOptions(), list[Any]()
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.cache = {
             i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_")
@@ -63,7 +65,7 @@ class Runner:
         given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), **past}
         if self.numbered:
             given["position_ids"] = positions.numpy()
-        logits, *present = self.session.run(self.outputs, given)
+        logits, *present = self.session.run(self.outputs, given, self.options)
         names = [name.replace("present.", "past_key_values.") for name in self.outputs[1:]]
         return torch.from_numpy(logits), dict(zip(names, present, strict=True))
 
@@ -76,9 +78,19 @@ class Runner:
         return ids
 
 
-def compare(path: Path, model: Any, batch: int, past: int, bound: float) -> None:
+def switch(run: Runner, *files: Path) -> None:
+    """Other adapters, or none, from the next run on."""
+    run.options = onnxruntime.RunOptions()
+    run.adapters = [onnxruntime.LoraAdapter() for _ in files]  # the options only refer to them
+    for adapter, file in zip(run.adapters, files, strict=True):
+        adapter.Load(str(file))
+        run.options.add_active_adapter(adapter)
+
+
+def compare(path: Path | Runner, model: Any, batch: int, past: int, bound: float) -> None:
     """Prefill and decode of left-padded texts against the eager model."""
-    run, now, generator = Runner(path), 5, torch.Generator().manual_seed(8)
+    run = path if isinstance(path, Runner) else Runner(path)
+    now, generator = 5, torch.Generator().manual_seed(8)
     ids = torch.randint(3, model.config.vocab_size, (batch, past + now), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(1, batch):
@@ -232,8 +244,8 @@ def test_wrong_graph_is_not_published(
 ) -> None:
     real = lower
 
-    def wrong(program: Any, kind: Any) -> Any:
-        lowered = real(program, kind)
+    def wrong(*given: Any) -> Any:
+        lowered = real(*given)
         graph = lowered.models["model.onnx"].graph
         node = next(node for node in graph if node.op_type == "RMSNormalization")
         node.attributes["epsilon"] = onnx_ir.AttrFloat32("epsilon", 0.3)

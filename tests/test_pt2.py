@@ -56,7 +56,7 @@ def other(base: Path, adapter: MakeAdapter) -> Path:
 def compiled(base: Path, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pt2") / "out"
     named = [(str(one), 1.0)]
-    peftc.export(base, out, format="pt2", swap="swap", slots="all-linear", adapters=named)
+    peftc.export(base, out, format="pt2", swap=True, slots="all-linear", adapters=named)
     return out
 
 
@@ -88,8 +88,8 @@ def test_layers_are_one_library_and_the_proof_holds(compiled: Path) -> None:
     told = manifest["pt2"]["graphs"]["model"]
     assert (told["pieces"], len(told["steps"])) == (3, 8)
     proof = manifest["proof"]
-    (name,) = proof["adapters"]
-    for figures in (proof["pt2"], proof["adapters"][name]):
+    (name,) = proof["pt2_adapters"]
+    for figures in (proof["pt2"], proof["pt2_adapters"][name]):
         assert figures["model"]["relative_error"] < 1e-5 and len(figures["shapes"]) == 6
 
 
@@ -174,7 +174,7 @@ sys.exit(", ".join(name for name in barred if name in sys.modules) or 0)
 def test_verify_repeats_the_proof(compiled: Path) -> None:
     report = peftc.verify(compiled)
     assert report["pt2"]["model"]["relative_error"] < 1e-5
-    assert len(report["adapters"]) == 1
+    assert len(report["pt2_adapters"]) == 1
 
 
 def edited(compiled: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:

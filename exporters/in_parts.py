@@ -1,0 +1,183 @@
+"""One export by several processes or machines: each writes its share of the files, one publishes.
+
+A part seals its files in a directory of its own beside the target, on a disk that all of them see.
+When all are there they are one staging directory of an export that was interrupted behind its last
+file: what is left to do is to prove and to publish.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftc.artifact import LOG, Staging, claimed, obstacles
+from peftc.errors import ArtifactError, PeftcError, raise_all
+from peftc.exporters.to_safetensors import folders, key_for, refuse_adapters, states
+from peftc.link import Shard, link, plan
+from peftc.program import Program
+from peftc.progress import SILENT, Progress
+from peftc.proof import Extent, watcher
+
+_DONE = "part.json"  # written when a part is whole
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share `number` of `of`, counted from 1."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Reads `2/4`.
+
+        Raises:
+            ArtifactError: It is none.
+        """
+        found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
+        if not found or int(found[1]) > int(found[2]):
+            raise ArtifactError(
+                f"{text!r} is no part of an export", fix="the second of four is 2/4"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def purpose(self) -> str:
+        return f"part-{self.number}-of-{self.of}"
+
+    def share(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Its files: the largest go first, each to the part that has least so far."""
+        loads: list[list[Shard]] = [[] for _ in range(self.of)]
+        for shard in sorted(shards, key=lambda shard: (-shard.size, shard.name)):
+            min(loads, key=lambda load: sum(s.size for s in load)).append(shard)
+        return loads[self.number - 1]
+
+
+def write_part(
+    program: Program,
+    target: str | Path,
+    part: Part,
+    arguments: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    proof: Extent = "auto",
+    workers: int | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Writes and seals a part's files; one that was interrupted goes on.
+
+    Args:
+        program: What to write, the same in every part.
+        target: The directory that `gathered` is to publish.
+        part: Which share.
+        arguments: What it takes to make the program again, as JSON.
+        overwrite: The target may be an artifact that peftc wrote.
+        proof: Of the whole export.
+        workers: Threads that compute; default: one per core.
+        progress: Told of every byte written.
+
+    Returns:
+        The part's directory, its files and their bytes.
+
+    Raises:
+        ArtifactError: The target cannot be written, or the program still carries adapters.
+    """
+    refuse_adapters(program, target)
+    target, before = Path(target), states(program)
+    shards = part.share(plan(program))
+    need = sum(shard.size for shard in shards)
+    raise_all(obstacles(target, need, folders(program), overwrite))
+    key = key_for(program, before, proof)
+    with claimed(target, part.purpose, kept=True) as root:
+        stage = Staging(root, target.absolute(), key)
+        progress.stage("link", need)
+        link(
+            program, stage, shards=shards, workers=workers, watch=watcher(program),
+            progress=progress,
+        )  # fmt: skip
+        done = {"key": key, "overwrite": overwrite, "proof": proof, "arguments": arguments}
+        fresh = root / "part.new"
+        fresh.write_text(json.dumps(done))
+        fresh.replace(root / _DONE)
+    return {"path": str(root), "files": [shard.name for shard in shards], "bytes": need}
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What all the parts of an export say, and where they are."""
+
+    key: str
+    overwrite: bool
+    proof: Extent
+    arguments: Mapping[str, Any]
+    roots: tuple[Path, ...]
+
+    def remove(self) -> None:
+        """Removes the parts' directories, when the artifact is published."""
+        for root in self.roots:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def gathered(target: Path) -> Iterator[Gathered]:
+    """Moves the parts' files into the target's staging directory, for an export to go on with.
+
+    Raises:
+        ArtifactError: Parts are missing, unfinished, at work, or not of one export.
+    """
+    target = target.absolute()
+    roots, errors = _roots(target)
+    raise_all(errors)
+    with ExitStack() as held:
+        for part in roots:
+            held.enter_context(claimed(target, part.purpose, kept=True))
+        said = [json.loads((root / _DONE).read_text()) for root in roots.values()]
+        if len({entry["key"] for entry in said}) > 1:
+            raise ArtifactError(
+                "its parts are not of one export: sources, adapters, options or versions differ",
+                where=str(target),
+                fix="write all of them again from the same files with the same command",
+            )
+        with claimed(target, kept=True) as stage:
+            (stage / "tree").mkdir(exist_ok=True)
+            lines = [json.dumps({"key": said[0]["key"]})]
+            for root in roots.values():
+                lines += (root / LOG).read_text().splitlines()[1:]
+            (stage / LOG).write_text("".join(line + "\n" for line in lines))
+            for root in roots.values():
+                for file in sorted((root / "tree").iterdir()):
+                    file.replace(stage / "tree" / file.name)
+        yield Gathered(**said[0], roots=tuple(roots.values()))
+
+
+def _roots(target: Path) -> tuple[dict[Part, Path], list[PeftcError]]:
+    """The directories of a target's parts, and what is wrong with them."""
+    name = f".{target.name}.peftc-"
+    found: dict[Part, Path] = {}
+    for path in target.parent.glob(f"{glob.escape(name)}part-*-of-*"):
+        if match := re.fullmatch(r"part-(\d+)-of-(\d+)", path.name.removeprefix(name)):
+            found[Part(int(match[1]), int(match[2]))] = path
+    where, counts = str(target), {part.of for part in found}
+    if len(counts) != 1:
+        what = "has no parts" if not counts else f"has parts of {sorted(counts)} at once"
+        fix = "write them: peftc export … --shards 1/2" if not counts else "remove those of one"
+        return {}, [ArtifactError(what, where=where, fix=fix)]
+    (of,) = counts
+    wanted = [Part(number, of) for number in range(1, of + 1)]
+    lacking = [part for part in wanted if not (part in found and (found[part] / _DONE).is_file())]
+    return {part: found[part] for part in wanted if part in found}, [
+        ArtifactError(
+            f"part {part.number} of {part.of} is {'unfinished' if part in found else 'missing'}",
+            where=where,
+            fix=f"run its command (again): … --shards {part.number}/{part.of}",
+        )
+        for part in lacking
+    ]

@@ -1,0 +1,150 @@
+"""Runs readers on hostile inputs, and reports what is neither read nor refused as it ought to be.
+
+    python -m tests.fuzz --runs 1000000                  mutations, spread over all readers
+    python -m tests.fuzz --reader header --engine atheris --runs 100000
+
+What fails is kept in tests/fuzz/corpus/, which the tests read again. Exit code 1 if anything did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import random
+import resource
+import sys
+import time
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from peftc.errors import PeftcError
+from tests.fuzz.mutate import mutated
+from tests.fuzz.readers import Reader, readers
+
+CORPUS = Path(__file__).parent / "corpus"
+SLOW = 2.0  # seconds of the processor that an input may take
+GROWTH = 256 << 20  # bytes that a reader may need above what it began with
+KEPT = 500  # inputs that a reader begins from, at most
+
+
+class Failure(Exception):
+    """An input that brought something else than a PeftcError, or took too long or too much."""
+
+
+def tried(reader: Reader, root: Path, data: bytes) -> str:
+    """Reads an input; returns `read`, or the class of the typed error.
+
+    Raises:
+        Failure: It failed otherwise.
+    """
+    start = time.process_time()
+    try:
+        reader.feed(root, data)
+        outcome = "read"
+    except PeftcError as error:
+        outcome = type(error).__name__
+    except BaseException as error:
+        raise Failure(f"{type(error).__name__}: {error}") from error
+    if (seconds := time.process_time() - start) > SLOW:
+        raise Failure(f"it took {seconds:.1f} s")
+    return outcome
+
+
+def limit(nbytes: int) -> None:
+    """Makes what would take all of the machine's memory a MemoryError."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (nbytes, most))
+
+
+def corpus(reader: Reader) -> list[bytes]:
+    """What failed once."""
+    return [path.read_bytes() for path in sorted(CORPUS.glob(f"{reader.name}-*"))]
+
+
+def keep(reader: Reader, data: bytes) -> Path:
+    """Adds an input to the corpus."""
+    CORPUS.mkdir(exist_ok=True)
+    path = CORPUS / f"{reader.name}-{hashlib.sha256(data).hexdigest()[:12]}"
+    path.write_bytes(data)
+    return path
+
+
+def by_mutation(reader: Reader, runs: int, seed: int, seconds: float = math.inf) -> int:
+    """Reads mutations of the seeds, and of what was new in its outcome; prints what failed."""
+    rng, failures, seen = random.Random(f"{reader.name} {seed}"), set[str](), dict[str, int]()
+    pool = [*reader.seeds, *corpus(reader)]
+    end, done = time.monotonic() + seconds, 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    limit(before * 1024 + 4 * GROWTH)
+    with reader.folder() as root:
+        for data in reader.seeds:  # the first imports what it needs, and counts for nothing
+            with suppress(PeftcError):
+                reader.feed(root, data)
+        while done < runs and time.monotonic() < end:
+            done += 1
+            data = mutated(rng.choice(pool), rng)
+            try:
+                outcome = tried(reader, root, data)
+            except Failure as failure:
+                if (kind := str(failure)[:60]) not in failures:
+                    failures.add(kind)
+                    print(f"  {reader.name}: {failure}\n    {keep(reader, data)}", flush=True)
+                continue
+            if outcome not in seen or rng.random() < 0.002:
+                pool = [*pool, data[:4096]][-KEPT:]
+            seen[outcome] = seen.get(outcome, 0) + 1
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    if grown > GROWTH:
+        failures.add("memory")
+    outcomes = ", ".join(f"{name} {count:,}" for name, count in sorted(seen.items()))
+    print(f"| {reader.name} | {done:,} | {outcomes} | {grown / 1e6:.0f} MB | {len(failures)} |")
+    return len(failures)
+
+
+def by_atheris(reader: Reader, runs: int) -> None:
+    """Lets libFuzzer look for new paths through peftc's readers; it ends the process."""
+    atheris: Any = import_module("atheris")
+
+    with reader.folder() as root:
+
+        def one(data: bytes) -> None:
+            tried(reader, root, data)
+
+        atheris.instrument_all()
+        first = root / "seeds"
+        first.mkdir()
+        for number, data in enumerate([*reader.seeds, *corpus(reader)]):
+            (first / str(number)).write_bytes(data)
+        atheris.Setup([sys.argv[0], f"-runs={runs}", "-max_len=4096", str(first)], one)
+        atheris.Fuzz()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reader", choices=sorted(readers()), nargs="*", default=[])
+    parser.add_argument("--runs", type=int, default=1_000_000, help="of all readers together")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of all together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=["mutation", "atheris"], default="mutation")
+    given = parser.parse_args()
+    chosen = {name: r for name, r in readers().items() if not given.reader or name in given.reader}
+    if given.engine == "atheris":
+        if len(chosen) != 1:
+            parser.error("libFuzzer ends its process: name one --reader")
+        by_atheris(next(iter(chosen.values())), given.runs)
+    print("| reader | inputs | outcomes | memory | failures |\n|---|---|---|---|---|", flush=True)
+    each = given.runs / sum(reader.share for reader in chosen.values())
+    seconds = given.seconds / len(chosen)
+    failed = [
+        by_mutation(r, math.ceil(each * r.share), given.seed, seconds) for r in chosen.values()
+    ]
+    return int(any(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
