@@ -364,7 +364,7 @@ def export(
     """
     if weights not in WEIGHTS.get(format, ("stored",)):
         raise ArtifactError(
-            f"weights={weights!r} is none of those of the format {format}",
+            f"weights={weights!r} is for ONNX or compiled graphs, and the format is {format}",
             where=str(target),
             fix='add format="onnx"',
         )
