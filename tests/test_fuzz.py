@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from peftc.errors import CaptureError, PeftcError
+from peftc.errors import CaptureError, PeftcError, SelectionError
+from peftc.targets import whole_match
 
 from .fuzz.__main__ import corpus, tried
 from .fuzz.readers import readers
@@ -64,3 +65,11 @@ def test_checkpoint_without_all_of_its_layers_is_refused_at_once(layers: int, sa
     config = {**json.loads(reader.seeds[0]), "num_hidden_layers": layers}
     with reader.folder() as root, pytest.raises(CaptureError, match=re.escape(said)):
         reader.feed(root, json.dumps(config).encode())
+
+
+def test_regular_expression_that_would_take_for_ever_is_refused() -> None:
+    """As a stranger's adapter_config.json may have it."""
+    name = "model.layers.10.self_attn.q_proj"
+    with pytest.raises(SelectionError, match="takes too long"):
+        whole_match(r"(?:.|..|...)+(?:.|..)+\dproj", 2 * name)
+    assert whole_match(r"(.+\.)*q_proj", name)
