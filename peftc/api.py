@@ -370,7 +370,7 @@ def export(
         )
     if (swap or slots is not None) and not (swap and format in ("onnx", "pt2")):
         raise ArtifactError(
-            "slots for adapters are those of graphs that are to swap them",
+            "slots for adapters are those of ONNX graphs or compiled ones that are to swap them",
             where=str(target),
             fix='add format="onnx", swap=True',
         )
