@@ -10,6 +10,7 @@ import torch
 
 from peftc.artifact import MANIFEST, Artifact, key_of, staging, versions
 from peftc.errors import ArtifactError, CheckpointError, located, raise_all
+from peftc.exporters.cases import BOUND
 from peftc.exporters.onnx_adapters import (
     Branches,
     base_fingerprint,
@@ -19,7 +20,7 @@ from peftc.exporters.onnx_adapters import (
     unfitted,
     write,
 )
-from peftc.exporters.onnx_proof import BOUND, prove
+from peftc.exporters.onnx_proof import prove
 from peftc.exporters.onnx_slots import Slot, slots_of
 from peftc.exporters.to_safetensors import folders, manifest, states
 from peftc.live import materialize

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftc.evaluation import Scores, score
     from peftc.exporters.to_adapterhub import to_adapterhub
     from peftc.exporters.to_cache import to_cache
+    from peftc.exporters.to_inductor import to_pt2
     from peftc.exporters.to_onnx import to_onnx
     from peftc.exporters.to_onnx_adapter import to_onnx_adapter
     from peftc.exporters.to_peft import to_peft
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from peftc.switching import Adapters
     from peftc.training import tune
     from peftc.tuning import Evaluation, Tuning
+    from peftc.warm import load_compile_cache, save_compile_cache
 
 _HOMES = {
     "analysis": ("SiteAnalysis", "analyse"),
@@ -56,6 +58,7 @@ _HOMES = {
     "evaluation": ("Scores", "score"),
     "exporters.to_adapterhub": ("to_adapterhub",),
     "exporters.to_cache": ("to_cache",),
+    "exporters.to_inductor": ("to_pt2",),
     "exporters.to_onnx": ("to_onnx",),
     "exporters.to_onnx_adapter": ("to_onnx_adapter",),
     "exporters.to_peft": ("to_peft",),
@@ -79,6 +82,7 @@ _HOMES = {
     "switching": ("Adapters",),
     "training": ("tune",),
     "tuning": ("Evaluation", "Tuning"),
+    "warm": ("load_compile_cache", "save_compile_cache"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -87,9 +91,10 @@ __all__ = [
     "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
-    "capture", "export", "export_part", "finish", "load", "materialize", "optimizer_groups",
-    "plot_ranks", "restore_base", "schedule", "score", "to_adapterhub", "to_cache", "to_onnx",
-    "to_onnx_adapter", "to_peft", "to_safetensors", "together", "tune", "verify",
+    "capture", "export", "export_part", "finish", "load", "load_compile_cache", "materialize",
+    "optimizer_groups", "plot_ranks", "restore_base", "save_compile_cache", "schedule", "score",
+    "to_adapterhub", "to_cache", "to_onnx", "to_onnx_adapter", "to_peft", "to_pt2",
+    "to_safetensors", "together", "tune", "verify",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peftc.artifact import MANIFEST, Artifact, key_of, staging
 from peftc.capturing import capture, capture_config
@@ -13,7 +13,14 @@ from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass, safe_name
 from peftc.deltas import alone
 from peftc.early import HeadStart
-from peftc.errors import ArtifactError, CheckpointError, ProofError, located, raise_all
+from peftc.errors import (
+    ArtifactError,
+    CheckpointError,
+    ProofError,
+    did_you_mean,
+    located,
+    raise_all,
+)
 from peftc.exporters.to_adapterhub import to_adapterhub
 from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
@@ -24,6 +31,7 @@ from peftc.exporters.to_safetensors import (
     to_safetensors,
     write_model,
 )
+from peftc.formats import FORMATS, Format, misplaced
 from peftc.link import plan
 from peftc.merging import MergeBase, Then
 from peftc.merging import merge as merge_adapters
@@ -199,6 +207,10 @@ def verify(
         return report
     progress.stage("rebuild")
     program = rebuild(artifact)
+    if artifact.manifest["kind"] == "pt2":
+        from peftc.exporters.to_inductor import verify_pt2
+
+        return report | verify_pt2(artifact, program, extent, progress)
     if artifact.manifest["kind"] == "onnx":
         from peftc.exporters.to_onnx import verify_onnx
 
@@ -310,23 +322,13 @@ def export(
     then: Then | None = None,
     original: str | Path | None = None,
     force: bool = False,
-    format: Literal[
-        "safetensors", "onnx", "onnx-adapter", "peft", "adapterhub", "cache"
-    ] = "safetensors",
-    canonical: bool = False,
-    rank: int | None = None,
-    weights: Literal["stored", "fp32", "fp16", "bf16", "int8", "int4", "nf4-int8"] = "stored",
-    compute: Literal["fp32", "fp16", "bf16"] | None = None,
-    head_bits: Literal[8, 4] = 8,
-    cache: Literal["grown", "shared"] = "grown",
-    provider: Literal["cpu", "cuda"] = "cpu",
-    swap: bool = False,
-    slots: str | Sequence[str] | None = None,
+    format: Format = "safetensors",
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress = SILENT,
     head: HeadStart | None = None,
+    **options: Any,
 ) -> Artifact:
     """Makes an artifact: attaches adapters, merges them, writes and proves the result.
 
@@ -342,50 +344,39 @@ def export(
         force: Write 4 bits even where most of what was trained is lost.
         format: `safetensors`, a checkpoint that transformers loads; `onnx`, that and graphs that
             onnxruntime runs on it; `onnx-adapter`, the adapters as one for the slots of the ONNX
-            base that the source is; one adapter, as `peft` or, a bottleneck, as `adapterhub` has
-            it; or `cache`, a prompt or prefix as constant keys and values, with `merge` beside the
-            checkpoint that they belong to.
-        canonical: With `peft`: all adapters as one plain LoRA, for vLLM and llama.cpp too.
-        rank: Of the canonical LoRA; see `to_canonical`.
-        weights: With `onnx`; see `to_onnx`, for the next four too.
-        compute: The float type that the graph computes in.
-        head_bits: Of an output head in `int4`.
-        cache: Whether the runtime keeps keys and values.
-        provider: Whom onnxruntime-genai is to run it by.
-        swap: With `onnx`: leave slots for adapters, and write those that are attached beside.
-        slots: Where; see `to_onnx`.
+            base that the source is; `pt2`, a checkpoint and libraries that `peftc.runtime` runs on
+            it; one adapter, as `peft` or, a bottleneck, as `adapterhub` has it; or `cache`, a
+            prompt or prefix as constant keys and values, with `merge` beside the checkpoint that
+            they belong to.
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
         progress: Told of every pass, stage and byte.
         head: What the caller began to copy before it imported this, with the same arguments.
+        options: Of the format. `onnx` and `pt2`: swap=True leaves slots for adapters, and writes
+            those that are attached beside ("rows": for one of each row, with `pt2`), and what
+            `to_onnx` and `to_pt2` take: slots, weights, compute, head_bits, cache, provider.
+            `peft`: canonical=True makes all adapters one plain LoRA, for vLLM and llama.cpp too,
+            of `rank`; see `to_canonical`.
 
     Raises:
         PeftcError: A part is missing or does not fit, the target cannot be written, or the proof
             failed.
     """
-    usual = {
-        "weights": "stored",
-        "compute": None,
-        "head_bits": 8,
-        "cache": "grown",
-        "provider": "cpu",
-    }
-    given = weights, compute, head_bits, cache, provider
-    graph: dict[str, Any] = dict(zip(usual, given, strict=True))
-    if format != "onnx" and (others := {k: v for k, v in graph.items() if v != usual[k]}):
-        name, item = next(iter(others.items()))
+    if format not in FORMATS:
         raise ArtifactError(
-            f"{name}={item!r} is that of ONNX graphs, and the format is {format}",
-            where=str(target),
-            fix='add format="onnx"',
+            f"there is no format {format!r}", where=str(target), fix=did_you_mean(format, FORMATS)
         )
-    if (swap or slots is not None) and not (swap and format == "onnx"):
+    options = {name: value for name, value in options.items() if value not in (None, False)}
+    if wrong := misplaced(format, options):
+        name, needed = wrong
         raise ArtifactError(
-            "slots for adapters are those of ONNX graphs that are to swap them",
-            where=str(target),
-            fix='add format="onnx", swap=True',
+            f"{name}={options[name]!r} goes with {needed}", where=str(target), fix=f"add {needed}"
         )
+    if mode := options.pop("swap", None):
+        options["adapters"] = "swap" if mode is True else mode
+    if format == "pt2":
+        from peftc.exporters.to_inductor import to_pt2
     if format == "onnx":  # before any work: its libraries may be missing
         from peftc.exporters.to_onnx import to_onnx
     if format == "onnx-adapter":
@@ -400,17 +391,9 @@ def export(
         return to_onnx_adapter(
             program, home.path, target, overwrite=overwrite, proof=proof, progress=progress
         )
+    virtual = format in ("cache", "onnx")  # which have a place for a prompt
     program, report = prepare(
-        source,
-        merge,
-        adapters,
-        merge_base,
-        then,
-        original,
-        force,
-        format in ("cache", "onnx"),
-        swap,
-        progress,
+        source, merge, adapters, merge_base, then, original, force, virtual, bool(mode), progress
     )
     how: dict[str, Any] = {
         "overwrite": overwrite,
@@ -423,12 +406,13 @@ def export(
 
         return to_cache(program, target, model=merge, **how)
     if format == "peft":
-        return to_peft(program, target, canonical=canonical, rank=rank, overwrite=overwrite)
+        return to_peft(program, target, overwrite=overwrite, **options)
     if format == "adapterhub":
         return to_adapterhub(program, target, overwrite=overwrite)
+    if format == "pt2":
+        return to_pt2(program, target, proof=proof, **how, **options)
     if format == "onnx":
-        swapped: Literal["swap"] | None = "swap" if swap else None
-        return to_onnx(program, target, adapters=swapped, slots=slots, proof=proof, **how, **graph)
+        return to_onnx(program, target, proof=proof, **how, **options)
     return to_safetensors(program, target, proof=proof, head=head, **how)
 
 

@@ -20,7 +20,7 @@ from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, PeftcError, raise_all
 
 MANIFEST = "peftc.json"
-KINDS = ("apply", "model", "adapter", "cache", "onnx", "onnx-adapter")
+KINDS = ("apply", "model", "adapter", "cache", "onnx", "onnx-adapter", "pt2")
 SCHEMA = 1
 WEIGHTS = ".safetensors"  # the end of the names of files that are nothing but numbers
 LOG = "done.jsonl"  # in a staging directory: what is finished

@@ -11,16 +11,17 @@ from typing import Any
 import click
 
 from peftc import __version__, registry
-from peftc.cli_options import PassGroup, adapters, asked_of_graph, describe
+from peftc.cli_options import PassGroup, adapters, asked_of, describe
 from peftc.cli_options import common as _common
-from peftc.cli_options import graph as _graph
 from peftc.cli_options import needed as _needed
+from peftc.cli_options import of_formats as _of_formats
 from peftc.cli_options import output as _output
 from peftc.cli_parts import finish, run_part
 from peftc.cli_plan import plan
 from peftc.cli_run import bench, run
 from peftc.cli_tune import evaluate, tune
 from peftc.errors import PeftcError, RecipeError, located, raise_all
+from peftc.formats import FORMATS
 from peftc.reports import say_canonical, say_merge, say_proof
 from peftc.terminal import Terminal, hush
 
@@ -122,28 +123,10 @@ def _apply(
 @click.option("--force", is_flag=True, help="Write 4 bits though most of the update is lost.")
 @click.option(
     "--format", "form",
-    type=click.Choice(["safetensors", "onnx", "onnx-adapter", "peft", "adapterhub", "cache"]),
+    type=click.Choice(FORMATS),
     default="safetensors", show_default=True, help="What to write.",
 )  # fmt: skip
-@click.option(
-    "--canonical",
-    is_flag=True,
-    help="With --format peft: one plain LoRA that vLLM and llama.cpp read too.",
-)
-@click.option(
-    "--rank", type=click.IntRange(1),
-    help="Of the canonical LoRA; what does not fit is cut off, and the error printed.",
-)  # fmt: skip
-@_graph
-@click.option(
-    "--adapters", "swapped", type=click.Choice(["swap"]),
-    help="With --format onnx: given at run time, as files beside the graphs.",
-)  # fmt: skip
-@click.option(
-    "--slots",
-    metavar="TARGETS",
-    help="Which layers take one (q_proj,v_proj or all-linear); default: those of the adapters.",
-)
+@_of_formats
 @click.option(
     "--proof", type=PROOFS, default="auto", show_default=True,
     help="Compare each rewritten layer (sites), the logits too (whole), or that if small (auto).",
@@ -164,41 +147,30 @@ def export(
     original: Path | None,
     force: bool,
     form: Any,
-    canonical: bool,
-    rank: int | None,
-    swapped: str | None,
-    slots: str | None,
     proof: Any,
     workers: int | None,
     shards: str | None,
     as_json: bool,
     quiet: bool,
-    **graph: Any,
+    **options: Any,
 ) -> None:
     """Make an artifact of SRC, with a measured proof.
 
     \b
       peftc export BASE -o OUT --merge --adapter DIR     merge, in the memory of a few rows
       peftc export SRC -o OUT --merge --format onnx      the same, and graphs for onnxruntime
+      peftc export SRC -o OUT --merge --format pt2       the same, and libraries for torch alone
       peftc export SRC -o OUT --format peft              the adapter, as PEFT loads it
       peftc export SRC -o ONNX --format onnx --adapters swap          adapters at run time
       peftc export ONNX -o OUT --format onnx-adapter --adapter DIR    one more for that base
 
     SRC is a checkpoint's directory or hub id, a PEFT adapter's, or what `apply` wrote.
     """  # noqa: D301
-    if canonical and form != "peft":
-        raise click.UsageError("--canonical makes a LoRA: add --format peft.")
     if (merge_base or then or original) and not merge:
         raise click.UsageError("--merge-base, --then and --original need --merge.")
-    if rank is not None and not canonical:
-        raise click.UsageError("--rank is that of the canonical LoRA: add --canonical.")
-    asked = asked_of_graph(graph, form)
+    asked = asked_of(form, options)
     if shards is not None and form != "safetensors":
         raise click.UsageError("--shards is for --format safetensors.")
-    if swapped is not None and form != "onnx":
-        raise click.UsageError("--adapters swap is that of ONNX graphs: add --format onnx.")
-    if slots is not None and swapped is None:
-        raise click.UsageError("--slots are for adapters at run time: add --adapters swap.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     job = {
         "merge": merge, "adapters": chosen, "merge_base": merge_base, "then": then,
@@ -217,10 +189,7 @@ def export(
         from peftc.api import export as run
 
         with terminal.progress() as progress:
-            artifact = run(
-                src, target, format=form, canonical=canonical, rank=rank,
-                swap=swapped is not None, slots=slots, progress=progress, head=head, **asked, **job,
-            )  # fmt: skip
+            artifact = run(src, target, format=form, progress=progress, head=head, **asked, **job)
     say_merge(terminal, artifact.manifest.get("merge"))
     say_proof(terminal, artifact.manifest.get("proof", {}))
     say_canonical(terminal, artifact.manifest.get("canonical"))

@@ -12,6 +12,7 @@ import click
 
 from peftc import registry
 from peftc.errors import PassError, did_you_mean
+from peftc.formats import misplaced
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -38,34 +39,56 @@ def output(command: Callable[..., Any]) -> Callable[..., Any]:
     return out(overwrite(command))
 
 
-def graph(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of an ONNX graph."""
+def of_formats(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that some formats of an export have."""
     floats = ["fp32", "fp16", "bf16"]
     options: list[tuple[str, Any, str]] = [
-        ("--weights", ["stored", *floats, "int8", "int4", "nf4-int8"],
-         "With --format onnx: refer to the merged checkpoint's (stored), or write their own."),
-        ("--compute", floats, "The float type of an ONNX graph and its cache."),
-        ("--head-bits", ["8", "4"], "Of the output head in int4: 8 is closer, 4 quicker."),
-        ("--cache", ["grown", "shared"],
-         "Let onnxruntime-genai keep the cache (shared): quicker in long texts."),
-        ("--provider", ["cpu", "cuda"], "Whom onnxruntime-genai is to run the graph by."),
+        ("--adapters", click.Choice(["swap", "rows"]),
+         "Of onnx and pt2: given at run time; with pt2, for each row of a batch too (rows)."),
+        ("--slots", "TARGETS",
+         "Which layers take one (q_proj,v_proj or all-linear); default: those of the adapters."),
+        ("--weights", click.Choice(["stored", *floats, "int8", "int4", "nf4-int8"]),
+         "Of onnx and pt2: refer to the merged checkpoint's (stored), or write their own; pt2 has "
+         "stored and fp32."),
+        ("--compute", click.Choice(floats), "Of onnx: the float type of the graph and its cache."),
+        ("--head-bits", click.Choice(["8", "4"]),
+         "Of onnx: of the output head in int4; 8 is closer, 4 quicker."),
+        ("--cache", click.Choice(["grown", "shared"]),
+         "Of onnx: let onnxruntime-genai keep the cache (shared), quicker in long texts."),
+        ("--provider", click.Choice(["cpu", "cuda"]),
+         "Of onnx: whom onnxruntime-genai is to run the graph by."),
+        ("--canonical", True, "Of peft: one plain LoRA that vLLM and llama.cpp read too."),
+        ("--rank", click.IntRange(1),
+         "Of the canonical LoRA; what does not fit is cut off, and the error printed."),
     ]  # fmt: skip
-    for name, choices, text in reversed(options):
-        command = click.option(name, type=click.Choice(choices), help=text)(command)
+    for name, kind, text in reversed(options):
+        if kind is True:
+            option = click.option(name, is_flag=True, default=None, help=text)
+        elif isinstance(kind, str):
+            option = click.option(name, metavar=kind, help=text)
+        else:
+            option = click.option(name, type=kind, help=text)
+        command = option(command)
     return command
 
 
-def asked_of_graph(given: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """Those options of an ONNX graph that were given, as `export` takes them.
+def asked_of(form: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a format that were given, as `export` takes them.
 
     Raises:
-        UsageError: The format is another.
+        UsageError: One is that of another format.
     """
-    asked = {name: item for name, item in given.items() if item is not None}
-    if asked and form != "onnx":
-        option = next(iter(asked)).replace("_", "-")
-        raise click.UsageError(f"--{option} is that of ONNX graphs: add --format onnx.")
-    return {k: int(item) if k == "head_bits" else item for k, item in asked.items()}
+    options = {name: item for name, item in given.items() if item is not None}
+    if "head_bits" in options:
+        options["head_bits"] = int(options["head_bits"])
+    if mode := options.pop("adapters", None):
+        options["swap"] = True if mode == "swap" else mode
+    if wrong := misplaced(form, options):
+        flags = {"swap": "adapters swap"}
+        name, needed = (flags.get(text, text) for text in wrong)
+        option, other = (text.replace("_", "-").replace("=", " ") for text in (name, needed))
+        raise click.UsageError(f"--{option} goes with --{other.replace(' or ', ' or --')}.")
+    return options
 
 
 def needed(target: Path | None) -> Path:

@@ -85,6 +85,10 @@ class RunError(PeftcError):
     """A model that cannot be run as it is asked to."""
 
 
+class InputError(PeftcError):
+    """What a compiled model is given is not what it takes."""
+
+
 class ProofError(PeftcError):
     """An artifact that is not equal to what it came from, within its bound."""
 

@@ -29,6 +29,9 @@ def say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"[green]✓[/] every code is the nearest to its weight: relative error "
             f"{quantized['relative_error']:.1e} ({quantized['worst']:.1e} at {quantized['at']})"
         )
+    _say_libraries(terminal, proof.get("pt2") or {}, "")
+    for name, figures in (proof.get("pt2_adapters") or {}).items():
+        _say_libraries(terminal, figures, f" with {name}")
     _say_graphs(terminal, proof.get("onnx") or {}, "")
     for name, figures in (proof.get("onnx_adapters") or {}).items():
         site = figures["site"]
@@ -37,6 +40,18 @@ def say_proof(terminal: Terminal, proof: Mapping[str, Any]) -> None:
             f"{site['relative_error']:.1e} (bound {site['bound']:.0e})"
         )
         _say_graphs(terminal, figures, f" with {name}")
+
+
+def _say_libraries(terminal: Terminal, figures: Mapping[str, Any], adapted: str) -> None:
+    """How compiled graphs compare with eager torch, with an adapter or none."""
+    if "skipped" in figures:
+        terminal.say(f"[dim]…[/] libraries not compared with torch: {figures['skipped']}")
+    for name, seen in figures.items():
+        if isinstance(seen, dict):
+            terminal.say(
+                f"[green]✓[/] {name}{adapted}, compiled, equals eager torch: largest relative "
+                f"error {seen['relative_error']:.1e} (bound {figures['bound']:.0e}) in {seen['at']}"
+            )
 
 
 def _say_graphs(terminal: Terminal, figures: Mapping[str, Any], adapted: str) -> None:

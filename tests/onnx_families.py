@@ -87,15 +87,21 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-def export(family: Family, folder: Path) -> peftc.Artifact:
-    """The ONNX of a random model, proven."""
+def saved(family: Family, folder: Path) -> Path:
+    """A random model's checkpoint."""
     torch.manual_seed(0)
     config = getattr(transformers, family.config)(**family.options)
     model = getattr(transformers, family.cls)(config).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder / "base")
-    return peftc.export(folder / "base", folder / "out", format="onnx", proof="whole")
+    model.save_pretrained(folder)
+    return folder
+
+
+def export(family: Family, folder: Path) -> peftc.Artifact:
+    """The ONNX of a random model, proven."""
+    base = saved(family, folder / "base")
+    return peftc.export(base, folder / "out", format="onnx", proof="whole")
 
 
 def minilm() -> Path:

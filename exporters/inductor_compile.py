@@ -1,0 +1,82 @@
+"""Pieces as libraries in one package, by AOTInductor."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+import torch.fx.config
+
+from peftc.errors import CaptureError, MissingDependency, PeftcError
+from peftc.pieces import Cut, Piece
+from peftc.progress import Progress
+
+LIBRARY = "model.pt2"
+OPTIONS: dict[str, Any] = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.enable_line_tables": False,
+    "cpp.dynamic_threads": True,  # as many as the machine has that runs it
+}
+
+
+def needs_compiler() -> list[PeftcError]:
+    """An error where there is no C++ compiler."""
+    if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return []
+    return [
+        MissingDependency(
+            "needs a C++ compiler, which is not installed",
+            where="--format pt2",
+            fix="apt-get install g++ (or clang); the machine that runs the result needs none",
+        )
+    ]
+
+
+def compile_cuts(cuts: Iterable[Cut], progress: Progress) -> bytes:
+    """A package with a library for each piece.
+
+    Raises:
+        CaptureError: A piece cannot be compiled.
+    """
+    from torch._inductor.package.package import package_aoti
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own deprecations
+        files = {}
+        for cut in cuts:
+            for piece in cut.pieces.values():
+                progress.stage(f"compile {piece.name}")
+                files[piece.name] = _needed(_compiled(piece))
+        path = str(Path(folder) / LIBRARY)
+        package_aoti(path, files)
+        return Path(path).read_bytes()
+
+
+def _compiled(piece: Piece) -> list[str]:
+    before = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        with torch.no_grad():
+            files: Any = torch._inductor.aot_compile(piece.module, piece.examples, options=OPTIONS)
+    except Exception as error:  # the compiler's exceptions have no class in common
+        line = next((x.strip() for x in str(error).splitlines() if x.strip()), repr(error))
+        raise CaptureError(
+            f"AOTInductor cannot compile it: {line}",
+            where=piece.name,
+            fix="write the model with --format onnx or safetensors, and report it",
+        ) from error
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = before
+    return [str(file) for file in files]
+
+
+def _needed(files: list[str]) -> list[Any]:
+    """What running takes, without sources and intermediate files."""
+    return [file for file in files if not file.endswith((".cpp", ".o", ".h"))]

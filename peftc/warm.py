@@ -1,0 +1,84 @@
+"""What torch.compile made of a live model, kept beside its artifact, so that a start need not wait.
+
+Format: torch's portable cache (`torch.compiler.save_cache_artifacts`), and a JSON file that has its
+hash and says which torch and machine it is for. Like a library it is code that will run: load it
+only from where you trust.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from peftc.checkpoint import contained, read_json
+from peftc.errors import ArtifactError, raise_all
+from peftc.machine import differences, here
+
+CACHE, TOLD = "torch_compile.cache", "torch_compile.json"
+
+
+def save_compile_cache(folder: str | Path) -> dict[str, int]:
+    """Writes all that torch.compile made in this process; call it after the model has run.
+
+    Args:
+        folder: An artifact's directory, or any other.
+
+    Returns:
+        How many entries there are of each kind of cache.
+
+    Raises:
+        ArtifactError: Nothing was compiled, or the folder cannot be written.
+    """
+    found = torch.compiler.save_cache_artifacts()
+    if found is None or not found[0]:
+        raise ArtifactError(
+            "nothing was compiled in this process",
+            where=str(folder),
+            fix="run the compiled model once before, at the shapes that it is to know",
+        )
+    data, info = found
+    counts = {kind: len(keys) for kind, keys in info.artifacts.items()}
+    told = {"built": here(), "blake3": blake3(data).hexdigest(), "entries": counts}
+    try:
+        for name, content in ((CACHE, data), (TOLD, json.dumps(told, indent=2).encode())):
+            fresh = Path(folder) / f".{name}.new"
+            fresh.write_bytes(content)
+            fresh.replace(Path(folder) / name)
+    except OSError as error:
+        raise ArtifactError(
+            f"could not be written: {error.strerror}",
+            where=str(folder),
+            fix="choose a place where you may write",
+        ) from error
+    return counts
+
+
+def load_compile_cache(folder: str | Path) -> dict[str, int]:
+    """Has torch.compile know what another process compiled; call it before the model runs.
+
+    Args:
+        folder: Where `save_compile_cache` wrote.
+
+    Returns:
+        How many entries there are of each kind of cache.
+
+    Raises:
+        ArtifactError: There is none, it is damaged, or it was made by another torch or machine.
+    """
+    root = Path(folder)
+    told: dict[str, Any] = read_json(root / TOLD, "a cache of torch.compile")
+    data = contained(root, CACHE).read_bytes()
+    if blake3(data).hexdigest() != told.get("blake3"):
+        raise ArtifactError(
+            "is not what was saved, and is not loaded",
+            where=str(root / CACHE),
+            fix="compile again, and save it",
+        )
+    raise_all(differences(told["built"], here(), str(root / CACHE)))
+    torch.compiler.load_cache_artifacts(data)
+    counts: dict[str, int] = told["entries"]
+    return counts

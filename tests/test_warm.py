@@ -1,0 +1,71 @@
+"""torch.compile's cache beside an artifact: a first start that compiles nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftc.errors import ArtifactError, PeftcError
+from peftc.warm import load_compile_cache, save_compile_cache
+
+from .conftest import MakeCheckpoint
+
+CODE = """
+import json, sys, torch
+import peftc
+from torch._dynamo.utils import counters
+base, folder, how = sys.argv[1:]
+if how == "load":
+    peftc.load_compile_cache(folder)
+program = peftc.Pipeline([peftc.Lora(rank=2, targets="q_proj")]).run(peftc.capture(base))
+layer = peftc.materialize(program).get_submodule("model.layers.0.self_attn.q_proj")
+with torch.no_grad():
+    torch.compile(layer)(torch.ones(3, layer.in_features))
+if how == "save":
+    peftc.save_compile_cache(folder)
+found = counters["inductor"]
+print(json.dumps([found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]]))
+"""
+
+
+def start(base: Path, folder: Path, how: str, cache: Path) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(base), str(folder), how],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return counts
+
+
+def test_a_first_start_compiles_nothing_where_the_cache_is(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    assert start(checkpoint(), folder, "save", tmp_path / "one") == [0, 1]
+    assert start(checkpoint(), folder, "load", tmp_path / "two") == [1, 0]
+    (folder / "torch_compile.cache").write_bytes(b"something else")
+    with pytest.raises(ArtifactError, match="not loaded"):
+        load_compile_cache(folder)
+
+
+def test_a_cache_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PeftcError, match="torch_compile"):
+        load_compile_cache(tmp_path)
+
+
+def test_a_process_that_compiled_nothing_has_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
+    with pytest.raises(ArtifactError, match="nothing was compiled"):
+        save_compile_cache(tmp_path)
