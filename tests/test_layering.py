@@ -36,11 +36,12 @@ TORCH_FREE = [
     "terminal", "formats", "reports", "inspection", "cli_options", "cli_parts", "cli_plan", "cli",
     "passes.lora", "passes.dora", "passes.adalora", "passes.vera", "passes.ia3", "passes.bitfit",
     "adapterhub", "passes.bottleneck", "passes.placement", "passes.layernorm", "passes.full",
-    "passes.loha", "passes.lokr", "passes.oft", "passes.boft", "passes.attach", "passes.combine", "passes.fold",
-    "passes.joint", "passes.merge", "passes.prompt_tuning", "passes.p_tuning", "passes.prune_ranks",
-    "passes.router", "passes.nf4", "passes.dequantize", "passes.fuse", "passes.unmerge",
-    "passes.untie", "passes.resize_vocabulary", "passes.replicate_layers", "passes.prefix_tuning",
-    "demo_model", "memory", "text", "running", "running_onnx", "timing", "cli_run",
+    "passes.loha", "passes.lokr", "passes.oft", "passes.boft", "passes.attach", "passes.combine",
+    "passes.fold", "passes.joint", "passes.merge", "passes.prompt_tuning", "passes.p_tuning",
+    "passes.prune_ranks", "passes.router", "passes.nf4", "passes.dequantize", "passes.fuse",
+    "passes.unmerge", "passes.untie", "passes.resize_vocabulary", "passes.replicate_layers",
+    "passes.prefix_tuning", "demo_model", "memory", "text", "running", "running_onnx", "timing",
+    "cli_run",
 ]  # fmt: skip
 SOURCES = sorted(
     [
