@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ENGINE = click.option(
     "--engine",
-    type=click.Choice(["genai", "onnxruntime", "transformers"]),
+    type=click.Choice(["genai", "onnxruntime", "compiled", "transformers"]),
     help="What runs it; default: by what SRC is.",
 )
 ADAPTER = click.option("--adapter", metavar="FILE|NAME", help="Switch an adapter on.")

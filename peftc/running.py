@@ -93,6 +93,7 @@ class Runner(Protocol):
 # as what `apply` wrote is. Another engine is a row in each of the two.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("genai", "onnxruntime"),
+    "pt2": ("compiled",),
     "model": ("transformers",),
     "apply": ("transformers",),
     "cache": ("transformers",),
@@ -101,6 +102,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 ENGINES: Mapping[str, str] = {
     "genai": "running_onnx:GenAI",
     "onnxruntime": "running_onnx:PlainRuntime",
+    "compiled": "running_compiled:Compiled",
     "transformers": "running_live:Live",
 }
 

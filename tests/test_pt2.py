@@ -18,6 +18,7 @@ from torch import Tensor
 import peftc
 from peftc.errors import AdapterError, ArtifactError, InputError, PeftcError, Violations
 from peftc.machine import differences, here
+from peftc.running import Sampling, open_runner
 from peftc.runtime import Runtime, load
 
 from .conftest import ARCHITECTURES, MakeAdapter, auto, logits
@@ -97,6 +98,17 @@ def test_greedy_text_is_transformers_own(runtime: Runtime, base: Path) -> None:
     runtime.swap(None)
     want = auto(base).generate(IDS, max_new_tokens=20, min_new_tokens=20, do_sample=False)
     assert runtime.generate(IDS, 20, stop=[]).tolist() == want[:, 11:].tolist()
+
+
+def test_run_writes_what_transformers_does(compiled: Path, base: Path, one: Path) -> None:
+    """By the engine that the artifact's kind has, and with an adapter by its folder too."""
+    for adapter in (None, one):
+        texts = []
+        for source, engine in ((compiled, None), (base, "transformers")):
+            runner = open_runner(source, engine=engine, adapter=str(adapter) if adapter else None)
+            texts.append([step[0] for step in runner.generate([[5, 6, 7]], Sampling(12))])
+        assert "compiled" in open_runner(compiled).engine
+        assert texts[0] == texts[1] and len(texts[0]) == 12, adapter
 
 
 def test_padding_on_the_left_changes_no_text(runtime: Runtime) -> None:
