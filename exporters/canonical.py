@@ -101,7 +101,9 @@ def to_canonical(
         text = json.dumps(_config(program, list(sites), r), indent=2, sort_keys=True) + "\n"
         stage.add(CONFIG, text.encode())
         stage.add(WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        stage.publish(manifest(program, "adapter", canonical=_report(sites, r)))
+        told = {"format": "peft", "canonical": True, "adapter": adapter, "rank": rank}
+        report = _report(sites, r)
+        stage.publish(manifest(program, "adapter", canonical=report, export=told))
     return Artifact.open(Path(target))
 
 

@@ -67,7 +67,8 @@ def to_adapterhub(
     ) as stage:
         stage.add(CONFIG, as_json(config))
         stage.add(WEIGHTS, save(tensors))
-        stage.publish(manifest(program, "adapter"))
+        told = {"format": "adapterhub", "adapter": name}
+        stage.publish(manifest(program, "adapter", export=told))
     return Artifact.open(Path(target))
 
 

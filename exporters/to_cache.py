@@ -99,7 +99,13 @@ def to_cache(
             proof["site"] = site_proof(program, written)
         proof["whole"] = {"input": "random token ids, seed 0", "bound": BOUND, **figures}
         stage.add(FILE, save(tensors, metadata={"format": "pt"}))
-        more = {"numbering": numbering, "shapes": dict(cache.shapes), "proof": proof}
+        told = {"format": "cache", "model": model}
+        more = {
+            "numbering": numbering,
+            "shapes": dict(cache.shapes),
+            "proof": proof,
+            "export": told,
+        }
         stage.publish(manifest(program, "cache", **more, **(remarks or {})))
     return Artifact.open(Path(target))
 

@@ -164,7 +164,11 @@ def to_onnx(
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
         cached = {"constant_cache": virtual.report} if virtual else {}
-        more = {"proof": proved, "onnx": report, **cached, **(remarks or {})}
+        told = {
+            "format": "onnx", **vars(form), "provider": provider, "adapters": adapters,
+            "slots": slots,
+        }  # fmt: skip
+        more = {"proof": proved, "onnx": report, "export": told, **cached, **(remarks or {})}
         tools = {**versions(), **tool_versions()}
         stage.publish(manifest(program, "onnx", **{"versions": tools, **more}))
     return Artifact.open(target)

@@ -90,7 +90,8 @@ def to_peft(
         Path(target), key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
         write_adapter(program, name, stage)
-        stage.publish(manifest(program, "adapter"))
+        told = {"format": "peft", "adapter": name}
+        stage.publish(manifest(program, "adapter", export=told))
     return Artifact.open(Path(target))
 
 

@@ -69,7 +69,8 @@ def to_safetensors(
                 "changed while it was read", where=changed[0], fix="run again; nothing was written"
             )
         progress.stage("publish")
-        stage.publish(manifest(program, "model", proof=proved, **(remarks or {})))
+        told = {"format": "safetensors"}
+        stage.publish(manifest(program, "model", proof=proved, export=told, **(remarks or {})))
     return Artifact.open(target)
 
 

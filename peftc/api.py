@@ -120,6 +120,7 @@ def write_applied(
     *,
     files: Mapping[str, bytes] | None = None,
     remarks: Mapping[str, Any] | None = None,
+    home: Path | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Artifact:
@@ -130,6 +131,7 @@ def write_applied(
         target: A directory that does not exist.
         files: What else the directory is to hold.
         remarks: What else its manifest is to say.
+        home: Where it will lie, which its adapters' configs name; default: the target.
         overwrite: Replace an artifact that peftc wrote there.
         progress: Told of every byte.
 
@@ -157,12 +159,13 @@ def write_applied(
             proof = {
                 "site": site_proof(program, write_model(program, stage, "base/", None, progress))
             }
-        own = str(target.absolute() / "base") if written else None
+        own = str((home or target).absolute() / "base") if written else None
         for name, place in places.items():
             write_adapter(program, name, stage, f"{place}/", own)
         for name, content in (files or {}).items():
             stage.add(name, content)
-        stage.publish(manifest(program, "apply", adapters=places, proof=proof, **(remarks or {})))
+        more = {"adapters": places, "proof": proof, "export": {"format": "apply"}}
+        stage.publish(manifest(program, "apply", **more, **(remarks or {})))
     return Artifact.open(target)
 
 

@@ -287,16 +287,23 @@ def _show_pruning(
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--proof", type=PROOFS, default="auto", show_default=True, help="As for export.")
+@click.option("--rebuild", is_flag=True, help="Make it again, and compare the bytes.")
 @_common
-def verify(path: Path, proof: Any, as_json: bool, quiet: bool) -> None:
+def verify(path: Path, proof: Any, rebuild: bool, as_json: bool, quiet: bool) -> None:
     """Repeat the proof of an artifact: hashes, then numbers."""
     terminal = Terminal(as_json, quiet)
     from peftc.api import verify as run
 
     with terminal.progress() as progress:
         report = run(path, proof, progress)
+        if rebuild:
+            from peftc.reproducing import reproduce
+
+            report["rebuilt"] = reproduce(path, progress)
     terminal.say(f"[green]✓[/] {report['files']} files are what was published")
     say_proof(terminal, report)
+    if rebuild:
+        terminal.say("[green]✓[/] made again from its manifest: the same bytes")
     terminal.data(report)
 
 

@@ -25,7 +25,7 @@ ORDER = [
     "virtual", "constant_cache", "prefixes", "rates", "schedules", "callbacks", "footprint",
     "tuner", "witness", "proof", "spectra", "analysis", "survival", "kernels", "machine", "warm",
     "resident", "libraries", "runtime", "passes", "exporters", "recipe", "merging", "formats",
-    "api", "text", "running", "running_onnx", "running_live",
+    "api", "reproducing", "text", "running", "running_onnx", "running_live",
     "running_compiled", "timing", "parts", "training",
     "evaluation", "terminal", "reports", "inspection", "analysis_view", "ranks_view", "planning",
     "demo_model", "demo", "cli_options", "cli_parts", "cli_plan", "cli_run", "cli_tune", "cli",
