@@ -278,7 +278,7 @@ def test_weights_of_no_graph_are_refused(tmp_path: Path) -> None:
         cli.main(["export", "base", "-o", "out", "--weights", "int4"], standalone_mode=False)
     refuse(
         tmp_path, ArtifactError, lambda out: peftc.export("base", out, weights="int4"),
-        "format is safetensors",
+        "weights='int4' goes with format=onnx or format=pt2",
     )  # fmt: skip
 
 

@@ -347,7 +347,7 @@ def test_base_without_slots_and_wrong_options_are_refused(
     refused(ArtifactError, "is no ONNX base with slots", source=folder, **into)
     refused(ArtifactError, "no adapter is attached", source=base, format="onnx-adapter")
     refused(ArtifactError, "is not merged", source=base, merge=True, **into)
-    refused(ArtifactError, "those of ONNX graphs", slots="q_proj")
+    refused(ArtifactError, "slots='q_proj' goes with format=onnx", slots="q_proj")
     swap: dict[str, Any] = {"format": "onnx", "swap": True}
     refused(SelectionError, "'q_prj' matches no site", "did you mean q_proj", slots="q_prj", **swap)
     refused(SelectionError, "is no regular expression", slots="q_(proj", **swap)
@@ -358,7 +358,7 @@ def test_base_without_slots_and_wrong_options_are_refused(
         "adds nothing",
     )  # fmt: skip
     for words in (["--adapters", "swap"], ["--format", "onnx", "--slots", "q_proj"]):
-        with pytest.raises(click.UsageError, match=r"add --(format onnx|adapters swap)"):
+        with pytest.raises(click.UsageError, match=r"goes with --(format onnx|adapters swap)"):
             cli.main(["export", str(plain), "-o", "out", *words], standalone_mode=False)
 
 

@@ -52,7 +52,10 @@ def test_applied_is_made_again_with_its_random_start(
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert run("verify", tmp_path / "out", "--rebuild", "--json").data["rebuilt"]["format"] == "apply"
+        assert (
+            run("verify", tmp_path / "out", "--rebuild", "--json").data["rebuilt"]["format"]
+            == "apply"
+        )
     torch.set_num_threads(before)
 
 
