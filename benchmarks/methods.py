@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="a checkpoint's directory; default: SmolLM2")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="0: latency alone")
     parser.add_argument("--only", nargs="+", default=[], help="methods with such a name")
     parser.add_argument("--sizes", type=size, nargs="*", default=[(1, 128), (16, 256), (32, 512)])
     parser.add_argument("--rounds", type=int, default=10, help="at most, of each model")
@@ -214,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{base.name}, rows of {BATCH}×{LENGTH} tokens, fp32, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads\n"
     )
-    training(base, given.steps, given.only)
+    if given.steps:
+        training(base, given.steps, given.only)
     if given.sizes:
         latency(Job(base, given.sizes, given.rounds, given.seconds, given.only))
 
