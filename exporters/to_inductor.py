@@ -13,12 +13,19 @@ from peftc.artifact import Artifact, key_of, staging, versions
 from peftc.calling import calls
 from peftc.checkpoint import Checkpoint
 from peftc.deltas import alone
-from peftc.errors import ArtifactError, CheckpointError, raise_all
+from peftc.errors import raise_all
 from peftc.exporters.cases import BOUND, compare
 from peftc.exporters.inductor_compile import LIBRARY, compile_cuts, needs_compiler
 from peftc.exporters.inductor_slots import Mode, Swap
 from peftc.exporters.inductor_weights import Table, Weights
-from peftc.exporters.to_safetensors import folders, manifest, states, write_model
+from peftc.exporters.to_safetensors import (
+    folders,
+    manifest,
+    refuse_adapters,
+    refuse_changes,
+    states,
+    write_model,
+)
 from peftc.libraries import Graph
 from peftc.link import link, plan
 from peftc.live import materialize
@@ -72,12 +79,8 @@ def to_pt2(
         ProofError: The libraries compute something else.
         MissingDependency: There is no C++ compiler.
     """
-    if program.adapters and adapters is None:
-        raise ArtifactError(
-            f"the program still carries the adapter {', '.join(program.adapters)}",
-            where=str(target),
-            fix="merge it (--merge), or leave slots for it (--adapters swap)",
-        )
+    if adapters is None:
+        refuse_adapters(program, target, "leave slots for it (--adapters swap)")
     raise_all(needs_compiler())
     target, before = Path(target), states(program)
     swap = Swap.of(program, adapters, slots) if adapters else None
@@ -108,10 +111,7 @@ def to_pt2(
         progress.stage("prove")
         proved: dict[str, Any] = {"site": site_proof(base, measured)} if shards else {}
         proved |= _proof(program, stage.path, told, proof, progress)
-        if changed := [path for path, state in states(program).items() if before[path] != state]:
-            raise CheckpointError(
-                "changed while it was read", where=changed[0], fix="run again; nothing was written"
-            )
+        refuse_changes(program, before)
         progress.stage("publish")
         stage.publish(manifest(program, KIND, proof=proved, pt2=told, **(remarks or {})))
     return Artifact.open(target)

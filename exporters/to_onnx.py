@@ -11,7 +11,7 @@ import torch
 
 from peftc.artifact import Artifact, Staging, key_of, staging, versions
 from peftc.checkpoint import Checkpoint, contained
-from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.errors import ArtifactError, PeftcError, raise_all
 from peftc.exporters import onnx_grouped, onnx_needs
 from peftc.exporters.onnx_adapters import size
 from peftc.exporters.onnx_fusing import fuse
@@ -25,7 +25,7 @@ from peftc.exporters.onnx_swap import Swap
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_virtual import Virtual, settled
 from peftc.exporters.onnx_weights import StoredWeights
-from peftc.exporters.to_safetensors import folders, manifest, states, write_model
+from peftc.exporters.to_safetensors import folders, manifest, refuse_changes, states, write_model
 from peftc.link import link, plan
 from peftc.live import materialize
 from peftc.program import Program
@@ -150,11 +150,7 @@ def to_onnx(
             proved["onnx_adapters"] = swap.prove(
                 stage.path, swapped, lowered.wholes, figures, progress
             )
-        changed = [path for path, state in states(program).items() if before[path] != state]
-        if changed:
-            raise CheckpointError(
-                "changed while it was read", where=changed[0], fix="run again; nothing was written"
-            )
+        refuse_changes(program, before)
         progress.stage("publish")
         report = {
             "opset": OPSET,

@@ -63,24 +63,31 @@ def to_safetensors(
         if wants_whole(program, proof):
             progress.stage("compare logits")
             proved["whole"] = whole_proof(program, stage.path)
-        changed = [path for path, state in states(program).items() if before[path] != state]
-        if changed:
-            raise CheckpointError(
-                "changed while it was read", where=changed[0], fix="run again; nothing was written"
-            )
+        refuse_changes(program, before)
         progress.stage("publish")
         told = {"format": "safetensors"}
         stage.publish(manifest(program, "model", proof=proved, export=told, **(remarks or {})))
     return Artifact.open(target)
 
 
-def refuse_adapters(program: Program, target: str | Path) -> None:
+def refuse_changes(program: Program, before: Mapping[str, list[int]]) -> None:
+    """Raises an error if a file that a program reads is no longer as it was."""
+    changed = [path for path, state in states(program).items() if before[path] != state]
+    if changed:
+        raise CheckpointError(
+            "changed while it was read", where=changed[0], fix="run again; nothing was written"
+        )
+
+
+def refuse_adapters(
+    program: Program, target: str | Path, instead: str = "write it with --format peft"
+) -> None:
     """Raises an error unless a program is a plain model."""
     if program.adapters:
         raise ArtifactError(
             f"the program still carries the adapter {', '.join(program.adapters)}",
             where=str(target),
-            fix="merge it (--merge), or write it with --format peft",
+            fix=f"merge it (--merge), or {instead}",
         )
 
 

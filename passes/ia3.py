@@ -10,7 +10,8 @@ from pydantic import Field
 
 from peftc.contract import Method
 from peftc.errors import PeftcError, SelectionError, did_you_mean
-from peftc.targets import Names, whole_match
+from peftc.patterns import whole_match
+from peftc.targets import Names
 
 if TYPE_CHECKING:
     from torch import fx

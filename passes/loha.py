@@ -15,7 +15,8 @@ from pydantic import Field
 
 from peftc.contract import Method
 from peftc.errors import PassError, PeftcError
-from peftc.targets import Pattern, pattern_key, unbound_patterns
+from peftc.patterns import pattern_key
+from peftc.targets import Pattern, unbound_patterns
 
 if TYPE_CHECKING:
     from torch import fx

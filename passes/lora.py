@@ -11,7 +11,8 @@ from pydantic import Field, PrivateAttr
 from peftc.contract import ALL_KINDS, AdapterName, Effect, Method, trained_biases
 from peftc.errors import AdapterError, PassError, PeftcError, did_you_mean
 from peftc.passes.tokens import Ids, replace_rows, with_tied
-from peftc.targets import LINEARS, Names, Pattern, Targets, pattern_key, unbound_patterns
+from peftc.patterns import pattern_key
+from peftc.targets import LINEARS, Names, Pattern, Targets, unbound_patterns
 
 if TYPE_CHECKING:
     from torch import fx

@@ -61,10 +61,11 @@ def reproduce(path: str | Path, progress: Progress = SILENT) -> dict[str, Any]:
                 more = {**more, "progress": progress}
             made = write(program, target, **asked, **more)
     now, then = made.manifest["files"], artifact.manifest["files"]
+    tools = versions()
     changed = {
-        tool: f"{was} then, {versions().get(tool)} now"
+        tool: f"{was} then, {tools[tool]} now"
         for tool, was in artifact.manifest["versions"].items()
-        if tool in versions() and versions()[tool] != was
+        if tool in tools and tools[tool] != was
     }
     raise_all(
         [

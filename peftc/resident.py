@@ -27,6 +27,7 @@ from peftc.errors import (
     did_you_mean,
     raise_all,
 )
+from peftc.patterns import pattern_key
 from peftc.safetensors_file import read_header
 
 ROWS, SWAP = "rows", "swap"
@@ -256,10 +257,8 @@ def _scales(config: Mapping[str, Any]) -> Any:
     patterns = config.get("alpha_pattern") or {}
 
     def scale(site: str, rank: int) -> float:
-        alpha = next(
-            (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", site)),
-            config.get("lora_alpha", 8),
-        )
+        key = pattern_key(patterns, site)
+        alpha = config.get("lora_alpha", 8) if key is None else patterns[key]
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scale

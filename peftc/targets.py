@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from peftc.errors import PeftcError, SelectionError, did_you_mean
+from peftc.patterns import pattern_key, short, whole_match
 
 if TYPE_CHECKING:
     from peftc.program import Program
@@ -29,15 +29,11 @@ def _layer_ranges(value: Any) -> Any:
     for part in value.split(","):
         low, _, high = part.strip().partition("-")
         if not low.isdigit() or (high and not high.isdigit()):
-            raise ValueError(f"{_short(part)} is no layer or range of layers, such as 4 or 0-3")
+            raise ValueError(f"{short(part)} is no layer or range of layers, such as 4 or 0-3")
         if max(len(low), len(high)) > len(str(MOST_LAYERS)) or int(high or low) > MOST_LAYERS:
-            raise ValueError(f"{_short(part)} is beyond layer {MOST_LAYERS}, which no model has")
+            raise ValueError(f"{short(part)} is beyond layer {MOST_LAYERS}, which no model has")
         layers.extend(range(int(low), int(high or low) + 1))
     return layers
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def _names(value: Any) -> Any:
@@ -208,30 +204,6 @@ def idle_modules(program: Program, names: Sequence[str]) -> list[PeftcError]:
         for name in names
         if not roles.may_run(name)
     ]
-
-
-def whole_match(pattern: str, name: str) -> Any:
-    """A regular expression's match of a whole name, in bounded time: it may be a stranger's.
-
-    Raises:
-        SelectionError: It takes a second, which none that is meant for a module's name does.
-    """
-    try:
-        return regex.fullmatch(pattern, name, timeout=1)
-    except TimeoutError as error:
-        raise SelectionError(
-            f"the regular expression {_short(pattern)} takes too long",
-            where=name,
-            fix="write one without repetitions of repetitions",
-        ) from error
-
-
-def pattern_key(patterns: Iterable[str], name: str) -> str | None:
-    """The first pattern that names a module by its whole name or its last parts, as PEFT's does."""
-    for pattern in patterns:
-        if whole_match(rf"(.*\.)?({pattern})", name):
-            return pattern
-    return None
 
 
 def unbound_patterns(

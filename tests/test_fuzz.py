@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peftc.errors import CaptureError, PeftcError, SelectionError
-from peftc.targets import whole_match
+from peftc.patterns import whole_match
 
 from .fuzz.__main__ import corpus, tried
 from .fuzz.readers import readers
