@@ -14,6 +14,7 @@ import torch._inductor
 import torch.fx.config
 
 from peftc.errors import CaptureError, MissingDependency, PeftcError
+from peftc.exporters.inductor_cache import kept
 from peftc.pieces import Cut, Piece
 from peftc.progress import Progress
 
@@ -49,11 +50,11 @@ def compile_cuts(cuts: Iterable[Cut], progress: Progress) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecations
-        files = {}
+        files: dict[str, Any] = {}
         for cut in cuts:
             for piece in cut.pieces.values():
                 progress.stage(f"compile {piece.name}")
-                files[piece.name] = _needed(_compiled(piece))
+                files[piece.name] = kept(piece.form, OPTIONS, lambda p=piece: _needed(_compiled(p)))
         path = str(Path(folder) / LIBRARY)
         package_aoti(path, files)
         return Path(path).read_bytes()
@@ -77,6 +78,6 @@ def _compiled(piece: Piece) -> list[str]:
     return [str(file) for file in files]
 
 
-def _needed(files: list[str]) -> list[Any]:
+def _needed(files: list[str]) -> list[str]:
     """What running takes, without sources and intermediate files."""
     return [file for file in files if not file.endswith((".cpp", ".o", ".h"))]

@@ -17,15 +17,15 @@ from peftc.errors import raise_all
 from peftc.exporters.cases import BOUND, compare
 from peftc.exporters.inductor_compile import LIBRARY, compile_cuts, needs_compiler
 from peftc.exporters.inductor_slots import Mode, Swap
-from peftc.exporters.inductor_weights import Table, Weights
+from peftc.exporters.inductor_weights import OWN_FILE, Table, Weights
 from peftc.exporters.to_safetensors import (
     folders,
     manifest,
-    refuse_adapters,
     refuse_changes,
     states,
     write_model,
 )
+from peftc.exporters.virtual_constants import Virtual, settled
 from peftc.libraries import Graph
 from peftc.link import link, plan
 from peftc.live import materialize
@@ -79,12 +79,10 @@ def to_pt2(
         ProofError: The libraries compute something else.
         MissingDependency: There is no C++ compiler.
     """
-    if adapters is None:
-        refuse_adapters(program, target, "leave slots for it (--adapters swap)")
     raise_all(needs_compiler())
     target, before = Path(target), states(program)
     swap = Swap.of(program, adapters, slots) if adapters else None
-    base = swap.base if swap else program
+    base, virtual = (swap.base, None) if swap else settled(program, target)
     progress.stage("capture")
     wholes, table = capture_whole(base), Table(base, weights)
     quantized = sum(table.quantized(whole.graph) for whole in wholes)
@@ -103,22 +101,25 @@ def to_pt2(
         measured = write_model(base, stage, shards=shards, workers=workers, progress=progress)
         link(base, stage, shards=table.shards(), workers=workers, progress=progress)
         stage.add(LIBRARY, library)
-        told = _told(base, wholes, cuts, table)
+        tokens = virtual.cache.tokens if virtual else 0
+        told = _told(base, wholes, cuts, table, tokens)
         told["quantized"] = quantized
         if swap:
             published = swap.write(stage, places)
             told["adapters"] = {"mode": swap.mode, "slots": places, "published": published}
         progress.stage("prove")
         proved: dict[str, Any] = {"site": site_proof(base, measured)} if shards else {}
-        proved |= _proof(program, stage.path, told, proof, progress)
+        proved |= _proof(program, virtual, stage.path, told, proof, progress)
         refuse_changes(program, before)
         progress.stage("publish")
-        stage.publish(manifest(program, KIND, proof=proved, pt2=told, **(remarks or {})))
+        cached = {"constant_cache": virtual.report(OWN_FILE)} if virtual else {}
+        more = {"proof": proved, "pt2": told, **cached, **(remarks or {})}
+        stage.publish(manifest(program, KIND, **more))
     return Artifact.open(target)
 
 
 def _told(
-    program: Program, wholes: Sequence[Whole], cuts: Mapping[str, Cut], table: Table
+    program: Program, wholes: Sequence[Whole], cuts: Mapping[str, Cut], table: Table, tokens: int
 ) -> dict[str, Any]:
     """What the manifest says of the libraries: all that running them takes."""
     pieces = [piece for cut in cuts.values() for piece in cut.pieces.values()]
@@ -133,7 +134,7 @@ def _told(
         "weights": table.kind,
         "cast": sorted(table.cast),
         "operators": sorted(name.replace(".", "::", 1) for name in operators),
-        "limits": {"past + sequence": program.context} if program.context else {},
+        "limits": {"past + sequence": program.context - tokens} if program.context else {},
         "graphs": {
             whole.name: {
                 **_graph(whole, cuts[whole.name]).described(),
@@ -155,7 +156,12 @@ def _graph(whole: Whole, cut: Cut) -> Graph:
 
 
 def _proof(
-    program: Program, path: Path, told: Mapping[str, Any], extent: Extent, progress: Progress
+    program: Program,
+    virtual: Virtual | None,
+    path: Path,
+    told: Mapping[str, Any],
+    extent: Extent,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What a directory's libraries compute against eager torch: the base, and with each adapter.
 
@@ -166,11 +172,13 @@ def _proof(
         return {"pt2": {"skipped": "two whole models in fp32; --proof whole does it"}}
     progress.stage("compare with torch")
     runtime = Runtime(path, told)
-    base = alone(program, []) if program.adapters else program
-    if told["weights"] == "stored":
-        model = loaded(Checkpoint.open(path))
-    else:
+    base = alone(program, []) if program.adapters and not virtual else program
+    if told["weights"] == "fp32":
         model = materialize(unfold(base), dtype=torch.float32)
+    elif virtual:
+        model = virtual.tuned(path)
+    else:
+        model = loaded(Checkpoint.open(path))
     proved: dict[str, Any] = {"pt2": _compared(runtime, model)}
     del model
     for name in runtime.adapters:
@@ -208,8 +216,9 @@ def verify_pt2(
     """
     load(artifact.path)
     told, report = artifact.manifest["pt2"], dict[str, Any]()
+    swapped = "adapters" in told
+    base, virtual = (alone(program, []), None) if swapped else settled(program, artifact.path)
     if told["weights"] == "stored":
         progress.stage("compare layers")
-        base = alone(program, []) if program.adapters else program
         report["site"] = site_proof(base, watch_file(base, Checkpoint.open(artifact.path)))
-    return report | _proof(program, artifact.path, told, extent, progress)
+    return report | _proof(program, virtual, artifact.path, told, extent, progress)

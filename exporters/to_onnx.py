@@ -23,9 +23,9 @@ from peftc.exporters.onnx_quantized import Cache, Compute, Form, OwnWeights, Wei
 from peftc.exporters.onnx_slots import Slots
 from peftc.exporters.onnx_swap import Swap
 from peftc.exporters.onnx_table import TABLE
-from peftc.exporters.onnx_virtual import Virtual, settled
-from peftc.exporters.onnx_weights import StoredWeights
+from peftc.exporters.onnx_weights import OWN_FILE, StoredWeights
 from peftc.exporters.to_safetensors import folders, manifest, refuse_changes, states, write_model
+from peftc.exporters.virtual_constants import Virtual, settled
 from peftc.link import link, plan
 from peftc.live import materialize
 from peftc.program import Program
@@ -159,7 +159,7 @@ def to_onnx(
             **swapped,
             "graphs": {name: _described(lowered, name) for name in lowered.models},
         }
-        cached = {"constant_cache": virtual.report} if virtual else {}
+        cached = {"constant_cache": virtual.report(OWN_FILE)} if virtual else {}
         told = {
             "format": "onnx", **vars(form), "provider": provider, "adapters": adapters,
             "slots": slots,

@@ -38,11 +38,13 @@ class Piece:
         name: Of the piece, within its whole.
         module: Its graph; it returns a tuple.
         examples: Fake tensors for its inputs, whose varying sizes are symbols.
+        form: What makes two pieces the same, of other models too: its code and its examples.
     """
 
     name: str
     module: fx.GraphModule
     examples: tuple[torch.Tensor, ...]
+    form: str
 
 
 @dataclass(frozen=True)
@@ -188,14 +190,14 @@ class _Cutter:
         given = tuple(self.values[name] for name in takes)
         key = f"{build.form()} -> {[r.name for r in results]} of {[_spec(x) for x in given]}"
         if key not in self.known:
-            self.known[key] = self._piece(build, results, given)
+            self.known[key] = self._piece(build, results, given, f"{key} at {self.likely}")
         piece, values = self.known[key]
         gives = tuple(self.names[n] for n in left)
         self.values |= dict(zip(gives, values, strict=True))
         self.steps.append(Step(piece.name, takes, gives))
 
     def _piece(
-        self, build: _Build, results: list[fx.Node], given: tuple[torch.Tensor, ...]
+        self, build: _Build, results: list[fx.Node], given: tuple[torch.Tensor, ...], form: str
     ) -> tuple[Piece, tuple[torch.Tensor, ...]]:
         build.graph.output(tuple(results)).meta = {}
         module = fx.GraphModule(torch.nn.Module(), build.graph)
@@ -212,7 +214,7 @@ class _Cutter:
                 where=name,
                 fix="write the model with --format safetensors, and report it",
             ) from error
-        piece = Piece(name, module, given)
+        piece = Piece(name, module, given, f"{form} on {self.device}")
         self.pieces[piece.name] = piece
         return piece, tuple(values)
 

@@ -130,7 +130,7 @@ def test_directory_serves_transformers_from_the_same_cache(tuned: tuple[Path, Pr
 @given(count=st.integers(1, 12), seed=st.integers(0, 9))
 def test_any_number_of_tokens_is_captured(count: int, seed: int, base: Path) -> None:
     """Its examples' sizes must be taken for no other dimension."""
-    from peftc.exporters.onnx_virtual import settled
+    from peftc.exporters.virtual_constants import settled
     from peftc.whole import capture_whole
 
     program = injected(base, PrefixTuning(virtual_tokens=count, seed=seed))
@@ -209,7 +209,7 @@ def test_graph_with_other_keys_is_not_published(
         first, *rest = computed(live).layers
         return ConstantCache(((first[0] + 0.1, first[1]), *rest))
 
-    monkeypatch.setattr("peftc.exporters.onnx_virtual.computed", damaged)
+    monkeypatch.setattr("peftc.exporters.virtual_constants.computed", damaged)
     job = partial(to_onnx, injected(base, VIRTUAL["prompt"]))
     refuse(tmp_path, ProofError, job, "differs from eager torch's")
 

@@ -32,13 +32,25 @@ print(json.dumps([found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]]))
 """
 
 
-def start(folder: Path, how: str, cache: Path) -> list[int]:
+def compiler(folder: Path) -> Path:
+    """A C++ compiler that writes down what it is asked to compile."""
+    script = folder / "c++"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *.cpp*) echo "$*" >> ' + str(folder / "compiled") + ";; esac\n"
+        'exec g++ "$@"\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def start(folder: Path, how: str, cache: Path, cxx: Path) -> list[int]:
     """A process that has nothing of this one but where things are."""
     places = {name: os.environ.get(name, "") for name in ("PATH", "HOME", "PYTHONPATH")}
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(folder), how],
         env={
             **places,
+            "CXX": str(cxx),
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
             "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # which takes longer than it saves
         },
@@ -50,10 +62,14 @@ def start(folder: Path, how: str, cache: Path) -> list[int]:
 
 
 def test_a_first_start_compiles_nothing_where_the_cache_is(tmp_path: Path) -> None:
-    folder = tmp_path / "artifact"
+    folder, asked = tmp_path / "artifact", tmp_path / "compiled"
     folder.mkdir()
-    assert start(folder, "save", tmp_path / "one") == [0, 1]
-    assert start(folder, "load", tmp_path / "two") == [1, 0]
+    cxx = compiler(tmp_path)
+    assert start(folder, "save", tmp_path / "one", cxx) == [0, 1]
+    assert asked.read_text()
+    asked.unlink()
+    assert start(folder, "load", tmp_path / "two", cxx) == [1, 0]
+    assert not asked.exists(), asked.read_text()
     (folder / "torch_compile.cache").write_bytes(b"something else")
     with pytest.raises(ArtifactError, match="not loaded"):
         load_compile_cache(folder)

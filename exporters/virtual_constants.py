@@ -1,4 +1,4 @@
-"""A prompt or prefix in ONNX: constant keys and values at every layer's attention.
+"""A prompt or prefix in a whole graph: constant keys and values at every layer's attention.
 
 In a causal decoder nothing that follows changes what virtual tokens compute, so they are run once,
 at export. The graph puts the result before the keys and values of its input (see
@@ -22,7 +22,6 @@ from peftc.constant_cache import ConstantCache
 from peftc.constants import Held
 from peftc.deltas import again, alone
 from peftc.errors import ArtifactError
-from peftc.exporters.onnx_weights import OWN_FILE
 from peftc.exporters.to_cache import computed, obstacle
 from peftc.live import materialize
 from peftc.program import Program
@@ -42,13 +41,16 @@ class Virtual:
     cache: ConstantCache
     names: tuple[tuple[str, str], ...]
 
-    @property
-    def report(self) -> dict[str, Any]:
-        """What the manifest says of them, from which `ConstantCache.open` reads them too."""
+    def report(self, file: str) -> dict[str, Any]:
+        """What the manifest says of them, from which `ConstantCache.open` reads them too.
+
+        Args:
+            file: Which holds them.
+        """
         numbering = self.cache.numbering
         return {
             "tokens": self.cache.tokens,
-            "file": OWN_FILE,
+            "file": file,
             "layers": self.names,
             "numbering": None if numbering is None else vars(numbering),
             "shapes": dict(self.cache.shapes),
