@@ -7,7 +7,6 @@ libraries of the one before: only what is new is compiled.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -49,8 +48,8 @@ def kept(form: str, options: dict[str, Any], make: Callable[[], Iterable[str]]) 
             hashes = {file.name: digest(file) for file in stage.iterdir()}
             (stage / HASHES).write_text(json.dumps(hashes))
             if folder.exists():  # and is damaged
-                os.replace(folder, Path(name) / "old")
-            os.replace(stage, folder)
+                folder.replace(Path(name) / "old")
+            stage.replace(folder)
     except OSError:
         pass  # without a cache every export takes as long as the first
     return made

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from peftc.constants import Constant, Held, Packed, cast, derive
 from peftc.graphs import Builder, Spec, aten, operator
+from peftc.kernels.nf4 import codebook
 from peftc.link import Shard, plan, shard_of
 from peftc.program import Program
 from peftc.whole import Whole
 
 OWN_FILE = "pt2.safetensors"  # of tensors that the checkpoint has in another form
 Weights = Literal["stored", "fp32"]
+FourBit = Literal["kernel", "aten"]
 
 
 class Table:
@@ -51,8 +53,13 @@ class Table:
             if node.op == "get_attr" and not node.meta.get("slot") and name not in self.places:
                 self._place(name, node.meta["val"], whole)
 
-    def quantized(self, graph: fx.Graph) -> int:
-        """Lowers linear layers over quantized weights to one operator; returns how many."""
+    def quantized(self, graph: fx.Graph, how: FourBit = "kernel") -> int:
+        """Has linear layers over quantized weights compute from their codes; returns how many.
+
+        Args:
+            graph: Of a whole model.
+            how: `kernel` multiplies by `peftc::nf4_linear`; `aten` decodes by torch's operators.
+        """
         packed = {n: c for n, c in self.program.constants.items() if isinstance(c, Packed)}
         count = 0
         for node in list(graph.nodes):
@@ -69,16 +76,40 @@ class Table:
                 codes.meta = {"val": Spec((size,), torch.uint8)}
                 scales = graph.create_node("get_attr", absmax)
                 scales.meta = {"val": Spec(self._spec(absmax).shape, torch.float32)}
-                bias = node.args[2] if len(node.args) > 2 else None
-                args = (node.args[0], codes, scales, None, None, bias, rows, form.block_size,
-                        form.codebook)  # fmt: skip
-                new = graph.call_function(operator("peftc.nf4_linear.default"), args)
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+                if how == "aten":
+                    weight = self._decoded(graph, node, codes, scales, constant)
+                    node.args = (node.args[0], weight, *node.args[2:])
+                else:
+                    bias = node.args[2] if len(node.args) > 2 else None
+                    node.target = operator("peftc.nf4_linear.default")
+                    node.args = (node.args[0], codes, scales, None, None, bias, rows,
+                                 form.block_size, form.codebook)  # fmt: skip
             count += 1
         graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         return count
+
+    def _decoded(
+        self, graph: fx.Graph, node: fx.Node, codes: fx.Node, scales: fx.Node, packed: Packed
+    ) -> fx.Node:
+        """What codes stand for, as `peftc.kernels.nf4.dequantize` has it."""
+        form, count = packed.format, packed.spec.shape.numel()
+        name = f"{form.codebook} codebook"
+        self.own[name] = Held(codebook(form.codebook))
+        values = graph.create_node("get_attr", name)
+        values.meta = {"val": self.own[name].spec}
+
+        def op(target: Any, *args: Any) -> fx.Node:
+            made = graph.call_function(target, args)
+            made.meta = dict(node.meta)
+            return made
+
+        halves = op(aten.__rshift__.Scalar, codes, 4), op(aten.bitwise_and.Scalar, codes, 15)
+        index = op(aten.reshape.default, op(aten.stack.default, list(halves), 1), [-1])
+        each = op(aten.repeat_interleave.self_int, scales, form.block_size)
+        index, each = (op(aten.slice.Tensor, flat, 0, 0, count) for flat in (index, each))
+        index = op(aten.to.dtype, index, torch.int64)
+        weight = op(aten.mul.Tensor, op(aten.index.Tensor, values, [index]), each)
+        return op(aten.reshape.default, weight, [*packed.spec.shape])
 
     def shards(self) -> list[Shard]:
         """The file of its own, if there is any."""

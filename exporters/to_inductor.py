@@ -17,7 +17,7 @@ from peftc.errors import raise_all
 from peftc.exporters.cases import BOUND, compare
 from peftc.exporters.inductor_compile import LIBRARY, compile_cuts, needs_compiler
 from peftc.exporters.inductor_slots import Mode, Swap
-from peftc.exporters.inductor_weights import OWN_FILE, Table, Weights
+from peftc.exporters.inductor_weights import OWN_FILE, FourBit, Table, Weights
 from peftc.exporters.to_safetensors import (
     folders,
     manifest,
@@ -48,6 +48,7 @@ def to_pt2(
     weights: Weights = "stored",
     adapters: Mode | None = None,
     slots: str | Sequence[str] | None = None,
+    four_bit: FourBit = "kernel",
     overwrite: bool = False,
     proof: Extent = "auto",
     workers: int | None = None,
@@ -66,6 +67,8 @@ def to_pt2(
         adapters: `swap` leaves slots for LoRAs, one for a whole batch; `rows`, one for each row.
         slots: Where; targets as of the pass lora. Default: where the program's adapters are, or
             all linear layers.
+        four_bit: How weights in 4 bits are multiplied: `kernel`, by peftc's own, is the faster on
+            every CPU that was measured; `aten` needs no kernel where it runs.
         overwrite: Replace an artifact that peftc wrote there.
         proof: `sites` compares each rewritten site; `whole` also what the libraries compute with
             what eager torch does, in fp32; `auto` does that up to 1 GiB of fp32 weights.
@@ -85,7 +88,7 @@ def to_pt2(
     base, virtual = (swap.base, None) if swap else settled(program, target)
     progress.stage("capture")
     wholes, table = capture_whole(base), Table(base, weights)
-    quantized = sum(table.quantized(whole.graph) for whole in wholes)
+    quantized = sum(table.quantized(whole.graph, four_bit) for whole in wholes)
     places = swap.insert(wholes) if swap else {}
     for whole in wholes:
         table.fill(whole)
@@ -93,7 +96,8 @@ def to_pt2(
     library = compile_cuts(cuts.values(), progress)
     shards = plan(base) if weights == "stored" else []
     need = len(library) + sum(shard.size for shard in (*shards, *table.shards()))
-    key = key_of(program.fingerprint, before, versions(), proof, weights, adapters, slots, here())
+    key = key_of(program.fingerprint, before, versions(), proof, weights, adapters, slots,
+                 four_bit, here())  # fmt: skip
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
@@ -104,6 +108,7 @@ def to_pt2(
         tokens = virtual.cache.tokens if virtual else 0
         told = _told(base, wholes, cuts, table, tokens)
         told["quantized"] = quantized
+        told["four_bit"] = four_bit if quantized else None
         if swap:
             published = swap.write(stage, places)
             told["adapters"] = {"mode": swap.mode, "slots": places, "published": published}

@@ -358,7 +358,8 @@ def export(
         head: What the caller began to copy before it imported this, with the same arguments.
         options: Of the format. `onnx` and `pt2`: swap=True leaves slots for adapters, and writes
             those that are attached beside ("rows": for one of each row, with `pt2`), and what
-            `to_onnx` and `to_pt2` take: slots, weights, compute, head_bits, cache, provider.
+            `to_onnx` and `to_pt2` take: slots, weights, four_bit, compute, head_bits, cache and
+            provider.
             `peft`: canonical=True makes all adapters one plain LoRA, for vLLM and llama.cpp too,
             of `rank`; see `to_canonical`.
 
@@ -394,7 +395,7 @@ def export(
         return to_onnx_adapter(
             program, home.path, target, overwrite=overwrite, proof=proof, progress=progress
         )
-    virtual = format in ("cache", "onnx")  # which have a place for a prompt
+    virtual = format in ("cache", "onnx", "pt2")  # which have a place for a prompt
     program, report = prepare(
         source, merge, adapters, merge_base, then, original, force, virtual, bool(mode), progress
     )

@@ -57,6 +57,9 @@ def of_formats(command: Callable[..., Any]) -> Callable[..., Any]:
          "Of onnx: let onnxruntime-genai keep the cache (shared), quicker in long texts."),
         ("--provider", click.Choice(["cpu", "cuda"]),
          "Of onnx: whom onnxruntime-genai is to run the graph by."),
+        ("--four-bit", click.Choice(["kernel", "aten"]),
+         "Of pt2: multiply weights in 4 bits by peftc's kernel, or decode them by torch's own "
+         "operators, slower."),
         ("--canonical", True, "Of peft: one plain LoRA that vLLM and llama.cpp read too."),
         ("--rank", click.IntRange(1),
          "Of the canonical LoRA; what does not fit is cut off, and the error printed."),

@@ -9,7 +9,7 @@ Format = Literal["safetensors", "onnx", "onnx-adapter", "pt2", "peft", "adapterh
 FORMATS: tuple[str, ...] = get_args(Format)
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("weights", "compute", "head_bits", "cache", "provider", "swap", "slots"),
-    "pt2": ("weights", "swap", "slots"),
+    "pt2": ("weights", "swap", "slots", "four_bit"),
     "peft": ("canonical", "rank"),
 }
 # Options that mean nothing without another.
