@@ -14,7 +14,7 @@ import peftc
 import peftc.runtime
 
 folder = workplace()
-base = tiny_checkpoint(folder)
+base = tiny_checkpoint(folder, layers=6)  # which are one library, called six times
 fr, de = (tiny_adapter(folder, base, name, seed) for seed, name in enumerate(["fr", "de"]))
 
 artifact = peftc.export(

@@ -18,10 +18,10 @@ def workplace() -> Path:
     return Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="peftc-example-"))
 
 
-def tiny_checkpoint(folder: Path) -> Path:
-    """Writes a random two-layer Llama in bf16, as `save_pretrained` writes any model."""
+def tiny_checkpoint(folder: Path, layers: int = 2) -> Path:
+    """Writes a random Llama in bf16, as `save_pretrained` writes any model."""
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=256,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Tiny models of several architectures, compiled: `python -m tests.pt2_families [NAME…]`.
 
-It prints the table of docs/pt2.md: how many libraries a model took and the largest error of its
-proof, or why it was not exported.
+It prints a table of docs/pt2.md: how many libraries a model took and the largest error of its
+proof, or why it was not exported. With `--real` it prints that of real models (see `pt2_real`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from pathlib import Path
 import peftc
 from peftc.errors import PeftcError
 
+from . import pt2_real
 from .onnx_families import FAMILIES, Family, saved
 
-CHOSEN = ("Llama", "Qwen2", "GPT-2", "Mixtral", "Mamba", "BERT", "T5", "Whisper", "ViT")
+CHOSEN = (
+    "Llama", "Qwen2", "Phi-3", "Gemma 3", "GPT-2", "Mixtral", "Qwen3-MoE", "Mamba", "BERT", "T5",
+    "Whisper", "ViT",
+)  # fmt: skip
 
 
 def row(family: Family, folder: Path) -> str:
@@ -31,6 +35,10 @@ def row(family: Family, folder: Path) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--real"]:
+        with tempfile.TemporaryDirectory() as folder:
+            pt2_real.main(Path(folder))
+        return
     for name in sys.argv[1:] or CHOSEN:
         with tempfile.TemporaryDirectory() as folder:
             print(f"| {name} | {row(FAMILIES[name], Path(folder))} |", flush=True)

@@ -7,6 +7,7 @@ compared with eager torch at shapes that neither the export nor its proof had.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -117,8 +118,9 @@ def beside(path: Path, model: Any, folder: Path) -> Found:
     shapes = json.dumps(SHAPES)
     command = [sys.executable, "-c", CODE, str(path), str(folder / "given.safetensors"), str(out)]
     done = subprocess.run(
-        [*command, shapes, str(TOKENS)], capture_output=True, text=True, check=False
-    )
+        [*command, shapes, str(TOKENS)], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found, errors = load_file(out), []
     for number, (_, before, _) in enumerate(SHAPES):
@@ -166,6 +168,7 @@ def row(kind: str, folder: Path) -> str:
 
 
 def main(folder: Path) -> None:
+    """Prints the table."""
     print("| | largest error at six new shapes (absolute) | greedy tokens equal |\n|---|---|---|")
     for kind in KINDS:
         print(f"| SmolLM2-135M, {kind} | {row(kind, folder)} |", flush=True)

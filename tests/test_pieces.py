@@ -91,3 +91,39 @@ def test_a_slot_s_rank_is_a_size_that_varies(tmp_path: Path) -> None:
     assert len(found.pieces) == 3
     shape: tuple[Any, ...] = found.constants["model.layers.2.self_attn.v_proj.lora_A.weight"].shape
     assert not isinstance(shape[0], int) and shape[1] == 32
+
+
+def test_codes_are_decoded_alike_by_torch_and_by_the_kernel(tmp_path: Path) -> None:
+    from peftc.constants import Packed
+    from peftc.evaluate import value
+    from peftc.exporters.inductor_weights import FourBit, Table
+
+    program = peftc.Pipeline([peftc.Nf4(double_quant=True, block_size=32)]).run(
+        peftc.capture(saved(FAMILIES["Llama"], tmp_path))
+    )
+    results = []
+    hows: tuple[FourBit, ...] = ("kernel", "aten")
+    for how in hows:
+        (whole,) = capture_whole(program)
+        table = Table(program)
+        assert table.quantized(whole.graph, how) == 21
+        assert ("peftc" in str(whole.graph)) == (how == "kernel")
+        found = cut(whole, program.context, least=1)
+        named: Tensors = dict(whole.held)
+        for name, like in found.constants.items():
+            constant = table.own.get(name) or program.constants.get(name)
+            if isinstance(constant, Packed) and like.dtype == torch.uint8:
+                constant = constant.inputs["codes"]
+            if constant is not None:
+                named[name] = value(constant).reshape(like.shape)
+        generator = torch.Generator().manual_seed(1)
+        for port in whole.inputs:
+            x = port.example({"batch": 2, "sequence": 3, "past": 4, "past + sequence": 7})
+            named[port.name] = (
+                torch.randn(x.shape, generator=generator)
+                if x.is_floating_point()
+                else torch.ones_like(x)
+            )
+        with torch.no_grad():
+            results.append(run(found, named)["logits"])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,8 @@
-"""Compiled models: a tiny Llama with slots, its runtime, and what it refuses. Compiled once."""
+"""Compiled models: a tiny Llama with slots, its runtime, and what it refuses.
+
+Compiled twice, the second time in 4 bits and with an adapter for each row: only its layers are new.
+The model has the sizes of example 24, whose libraries are these.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from peftc.machine import differences, here
 from peftc.running import Sampling, open_runner
 from peftc.runtime import Runtime, load
 
-from .conftest import ARCHITECTURES, MakeAdapter, auto, logits
+from .conftest import MakeAdapter, auto, logits
 
 IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
 
@@ -31,9 +35,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of more layers than are captured."""
     import transformers
 
-    _, _, options = ARCHITECTURES["llama"]
     torch.manual_seed(5)
-    config = transformers.LlamaConfig(**{**options, "num_hidden_layers": 6})
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256,
+    )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -269,10 +275,13 @@ def test_inputs_that_do_not_fit_are_refused(
         runtime.run({**given(IDS, runtime), **change})
 
 
-def test_a_text_beyond_the_model_s_positions_is_refused(runtime: Runtime) -> None:
-    limit = runtime.told["limits"]["past + sequence"]
-    with pytest.raises(InputError, match=f"at most {limit}"):
-        runtime.generate(IDS[:1], limit, stop=[])
+def test_a_text_beyond_the_model_s_positions_is_refused(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert runtime.told["limits"] == {"past + sequence": 2048}
+    monkeypatch.setitem(runtime.told["limits"], "past + sequence", 20)
+    with pytest.raises(InputError, match="at most 20"):
+        runtime.generate(IDS[:1], 20, stop=[])
 
 
 @pytest.mark.parametrize(
@@ -325,3 +334,90 @@ def test_a_prompt_has_no_slot(base: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_is_no_compiled_model(base: Path) -> None:
     with pytest.raises(PeftcError):
         load(base)
+
+
+@pytest.fixture(scope="module")
+def seven(base: Path, adapter: MakeAdapter) -> list[Path]:
+    return [adapter(base, seed=seed, r=1 + seed) for seed in range(7)]
+
+
+@pytest.fixture(scope="module")
+def rows(base: Path, compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """In 4 bits, each row of a batch with its own adapter."""
+    program = peftc.Pipeline([peftc.Nf4(double_quant=True, block_size=32)]).run(peftc.capture(base))
+    out = tmp_path_factory.mktemp("rows") / "out"
+    told = peftc.to_pt2(program, out, adapters="rows").manifest
+    assert told["pt2"]["operators"] == ["peftc::nf4_linear.default"]
+    assert (told["pt2"]["four_bit"], told["pt2"]["quantized"]) == ("kernel", 42)
+    assert told["proof"]["pt2"]["model"]["relative_error"] < 1e-5
+    return load(out)
+
+
+def test_rows_of_eight_adapters_answer_as_eight_runs(rows: Runtime, seven: list[Path]) -> None:
+    ids = torch.randint(0, 97, (8, 7), generator=torch.Generator().manual_seed(3))
+    chosen = [*(rows.load_adapter(path) for path in seven), None]
+    rows.swap(chosen)
+    got = rows.run(given(ids, rows))["logits"]
+    texts = rows.generate(ids, 6, stop=[])
+    for row, which in enumerate(chosen):
+        rows.swap(which)
+        assert close(got[row], rows.run(given(ids[row : row + 1], rows))["logits"][0])
+        assert texts[row].tolist() == rows.generate(ids[row : row + 1], 6, stop=[])[0].tolist()
+
+
+def test_one_adapter_is_for_batches_of_any_size(rows: Runtime, seven: list[Path]) -> None:
+    rows.swap(seven[3])
+    both = rows.run(given(IDS, rows))["logits"]
+    for row in range(2):
+        torch.testing.assert_close(
+            both[row], rows.run(given(IDS[row : row + 1], rows))["logits"][0]
+        )
+
+
+def test_a_batch_of_other_rows_is_refused(rows: Runtime, seven: list[Path]) -> None:
+    rows.swap([seven[0], None])
+    with pytest.raises(InputError, match="chosen for 2"):
+        rows.run(given(IDS[[0, 1, 0]], rows))
+    with pytest.raises(AdapterError):
+        rows.swap([])
+
+
+def test_a_second_export_compiles_nothing(
+    base: Path, compiled: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was compiled for one adapter is there for every other of the same layers."""
+    from peftc.exporters import inductor_compile
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr(inductor_compile, "_compiled", refuse)
+    named = [(str(other), 1.0)]
+    out = tmp_path / "out"
+    peftc.export(base, out, format="pt2", swap=True, slots="all-linear", adapters=named)
+    assert load(out).adapters == [other.name]
+
+
+def test_a_kept_library_that_was_changed_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftc.exporters.inductor_cache import kept
+
+    monkeypatch.setenv("PEFTC_CACHE", str(tmp_path / "cache"))
+    made = tmp_path / "a.so"
+    made.write_bytes(b"library")
+    asked: list[str] = []
+
+    def make() -> list[str]:
+        asked.append("again")
+        return [str(made)]
+
+    kept("a graph", {}, make)
+    (file,) = kept("a graph", {}, make)
+    assert len(asked) == 1 and Path(file).read_bytes() == b"library"
+    Path(file).write_bytes(b"another")
+    kept("a graph", {}, make)
+    assert len(asked) == 2 and Path(file).read_bytes() == b"library"
+    kept("a graph", {"option": 1}, make)
+    kept("another graph", {}, make)
+    assert len(asked) == 4

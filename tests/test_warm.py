@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from peftc import warm
 from peftc.errors import ArtifactError, PeftcError
 from peftc.warm import load_compile_cache, save_compile_cache
 
 CODE = """
 import json, sys, torch
-import peftc
 from torch._dynamo.utils import counters
+from peftc.warm import load_compile_cache, save_compile_cache
 folder, how = sys.argv[1:]
 if how == "load":
-    peftc.load_compile_cache(folder)
+    load_compile_cache(folder)
 torch.manual_seed(0)
-module = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.GELU())
-model = peftc.materialize(peftc.Pipeline([peftc.Lora(rank=2)]).run(peftc.capture(module)))
+model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.GELU())
 with torch.no_grad():
     torch.compile(model)(torch.ones(3, 6))
 if how == "save":
-    peftc.save_compile_cache(folder)
+    save_compile_cache(folder)
 found = counters["inductor"]
 print(json.dumps([found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]]))
 """
@@ -51,6 +51,7 @@ def start(folder: Path, how: str, cache: Path, cxx: Path) -> list[int]:
         env={
             **places,
             "CXX": str(cxx),
+            "ATEN_CPU_CAPABILITY": "default",  # which inductor need not try out
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
             "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # which takes longer than it saves
         },
@@ -73,6 +74,17 @@ def test_a_first_start_compiles_nothing_where_the_cache_is(tmp_path: Path) -> No
     (folder / "torch_compile.cache").write_bytes(b"something else")
     with pytest.raises(ArtifactError, match="not loaded"):
         load_compile_cache(folder)
+
+
+def test_what_was_found_out_about_the_processor_is_kept_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "_home", lambda: tmp_path)
+    for name, code in (("ab/probe", "void __avx_chk_kernel() {}"), ("cd/other", "int x;")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.cpp").write_text(code)
+        (tmp_path / f"{name}.so").write_bytes(b"library")
+    assert list(warm._libraries()) == [tmp_path / "ab/probe.so"]
 
 
 def test_a_cache_that_is_not_there_is_an_error(tmp_path: Path) -> None:
