@@ -32,7 +32,7 @@ def kept(form: str, options: dict[str, Any], make: Callable[[], Iterable[str]]) 
         make: Compiles it; returns its files.
     """
     compiler = get_compiler_version_info(get_cpp_compiler())
-    config = torch._inductor.config.get_hash().hex()  # type: ignore[attr-defined]
+    config = torch._inductor.config.save_config_portable()  # whose get_hash varies by process
     key = key_of(form, options, compiler, config, versions(), here())
     folder = cache_folder() / "libraries" / key
     if (known := _known(folder)) is not None:
