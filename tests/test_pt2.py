@@ -212,6 +212,7 @@ def edited(compiled: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], None
         ("capability", "ZVECTOR", "ZVECTOR"),
         ("machine", "riscv64", "riscv64"),
         ("extensions", ["avx9000"], "avx9000"),
+        ("gpu", [9, 0], "compute capability"),
     ],
 )
 def test_an_artifact_of_another_machine_is_refused(

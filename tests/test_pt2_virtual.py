@@ -36,7 +36,7 @@ def test_text_is_the_live_tuned_model_s_with_padding_too(
 ) -> None:
     runtime, live = load(path), materialize(program)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    options: dict[str, Any] = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     want: Any = live.generate(IDS, attention_mask=mask, **options)  # type: ignore[operator]
     got = runtime.generate(IDS, 20, mask=mask, stop=[])
     assert got.tolist() == want[:, IDS.shape[1] :].tolist()
