@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,14 @@ def compile_cuts(cuts: Iterable[Cut], progress: Progress) -> bytes:
         for cut in cuts:
             for piece in cut.pieces.values():
                 progress.stage(f"compile {piece.name}")
-                files[piece.name] = kept(piece.form, OPTIONS, lambda p=piece: _needed(_compiled(p)))
+                files[piece.name] = kept(piece.form, OPTIONS, partial(_compiled, piece))
         path = str(Path(folder) / LIBRARY)
         package_aoti(path, files)
         return Path(path).read_bytes()
 
 
 def _compiled(piece: Piece) -> list[str]:
+    """The files of a piece's library."""
     before = torch.fx.config.do_not_emit_stack_traces
     torch.fx.config.do_not_emit_stack_traces = True
     try:
@@ -75,9 +77,5 @@ def _compiled(piece: Piece) -> list[str]:
         ) from error
     finally:
         torch.fx.config.do_not_emit_stack_traces = before
-    return [str(file) for file in files]
-
-
-def _needed(files: list[str]) -> list[str]:
-    """What running takes, without sources and intermediate files."""
-    return [file for file in files if not file.endswith((".cpp", ".o", ".h"))]
+    # What running takes, without sources and intermediate files.
+    return [file for file in map(str, files) if not file.endswith((".cpp", ".o", ".h"))]

@@ -92,7 +92,7 @@ class Table:
         self, graph: fx.Graph, node: fx.Node, codes: fx.Node, scales: fx.Node, packed: Packed
     ) -> fx.Node:
         """What codes stand for, as `peftc.kernels.nf4.dequantize` has it."""
-        form, count = packed.format, packed.spec.shape.numel()
+        form, count = packed.format, torch.Size(packed.spec.shape).numel()
         name = f"{form.codebook} codebook"
         self.own[name] = Held(codebook(form.codebook))
         values = graph.create_node("get_attr", name)
