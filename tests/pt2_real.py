@@ -131,7 +131,9 @@ def beside(path: Path, model: Any, folder: Path) -> Found:
         errors.append(largest(found[str(number)], all_[:, before:], mask[:, before:].bool()))
     text = given["text"]
     with torch.no_grad():
-        want = model.generate(text, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        want = model.generate(
+            input_ids=text, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
+        )
     same = (found["text"] == want[:, text.shape[1] :]).long().cumprod(1).sum()
     return Found(max(r for r, _ in errors), max(a for _, a in errors), int(same))
 

@@ -25,7 +25,8 @@ from peftc.machine import differences, here
 from peftc.running import Sampling, open_runner
 from peftc.runtime import Runtime, load
 
-from .conftest import MakeAdapter, auto, logits
+from .conftest import MakeAdapter, auto, logits, with_peft
+from .pt2_real import TOKENS, beside
 
 IDS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
 
@@ -187,6 +188,13 @@ sys.exit(", ".join(name for name in barred if name in sys.modules) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_new_shapes_and_64_tokens_are_peft_s_in_a_bare_process(
+    compiled: Path, base: Path, one: Path, tmp_path: Path
+) -> None:
+    found = beside(compiled, with_peft(base, one), tmp_path)
+    assert found.relative < 1e-5 and found.same == TOKENS
 
 
 def test_verify_repeats_the_proof(compiled: Path) -> None:
