@@ -19,7 +19,7 @@ from typing import Any
 
 from peftc.artifact import LOG, Staging, claimed, obstacles
 from peftc.errors import ArtifactError, PeftcError, raise_all
-from peftc.exporters.to_safetensors import folders, key_for, refuse_adapters, states
+from peftc.exporters.to_safetensors import folders, key_for, refuse_adapters, refuse_changes
 from peftc.link import Shard, link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
@@ -89,13 +89,14 @@ def write_part(
 
     Raises:
         ArtifactError: The target cannot be written, or the program still carries adapters.
+        CheckpointError: A source file changed while it was read.
     """
     refuse_adapters(program, target)
-    target, before = Path(target), states(program)
+    target = Path(target)
     shards = part.share(plan(program))
     need = sum(shard.size for shard in shards)
     raise_all(obstacles(target, need, folders(program), overwrite))
-    key = key_for(program, before, proof)
+    key = key_for(program, proof)
     with claimed(target, part.purpose, kept=True) as root:
         stage = Staging(root, target.absolute(), key)
         progress.stage("link", need)
@@ -103,6 +104,7 @@ def write_part(
             program, stage, shards=shards, workers=workers, watch=watcher(program),
             progress=progress,
         )  # fmt: skip
+        refuse_changes(program)
         done = {"key": key, "overwrite": overwrite, "proof": proof, "arguments": arguments}
         fresh = root / "part.new"
         fresh.write_text(json.dumps(done))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peftc.artifact import Artifact, key_of, staging, versions
+from peftc.artifact import Artifact, staging
 from peftc.calling import calls
 from peftc.checkpoint import Checkpoint
 from peftc.deltas import alone
@@ -20,10 +20,9 @@ from peftc.exporters.inductor_slots import Mode, Swap
 from peftc.exporters.inductor_weights import Table, Weights
 from peftc.exporters.to_safetensors import (
     folders,
+    key_for,
     manifest,
     refuse_adapters,
-    refuse_changes,
-    states,
     write_model,
 )
 from peftc.libraries import Graph
@@ -82,7 +81,7 @@ def to_pt2(
     if adapters is None:
         refuse_adapters(program, target, "leave slots for it (--adapters swap)")
     raise_all(needs_compiler())
-    target, before = Path(target), states(program)
+    target = Path(target)
     swap = Swap.of(program, adapters, slots) if adapters else None
     base = swap.base if swap else program
     progress.stage("capture")
@@ -95,7 +94,7 @@ def to_pt2(
     library = compile_cuts(cuts.values(), progress)
     shards = plan(base) if weights == "stored" else []
     need = len(library) + sum(shard.size for shard in (*shards, *table.shards()))
-    key = key_of(program.fingerprint, before, versions(), proof, weights, adapters, slots, here())
+    key = key_for(program, proof, weights, adapters, slots, here())
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
@@ -111,7 +110,6 @@ def to_pt2(
         progress.stage("prove")
         proved: dict[str, Any] = {"site": site_proof(base, measured)} if shards else {}
         proved |= _proof(program, stage.path, told, proof, progress)
-        refuse_changes(program, before)
         progress.stage("publish")
         stage.publish(manifest(program, KIND, proof=proved, pt2=told, **(remarks or {})))
     return Artifact.open(target)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peftc.artifact import MANIFEST, Artifact, key_of, staging, versions
+from peftc.artifact import MANIFEST, Artifact, staging
 from peftc.errors import ArtifactError, CheckpointError, located, raise_all
 from peftc.exporters.cases import BOUND
 from peftc.exporters.onnx_adapters import (
@@ -22,7 +22,7 @@ from peftc.exporters.onnx_adapters import (
 )
 from peftc.exporters.onnx_proof import prove
 from peftc.exporters.onnx_slots import Slot, slots_of
-from peftc.exporters.to_safetensors import folders, manifest, states
+from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.live import materialize
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
@@ -67,7 +67,7 @@ def to_onnx_adapter(
     home = slotted(Path(base))
     slots, branches = slots_of(home.manifest["onnx"]["slots"]), _branches(program, home)
     target, fits = Path(target), str(home.manifest["onnx"]["base"])
-    key = key_of(program.fingerprint, states(program), versions(), fits, proof)
+    key = key_for(program, fits, proof)
     sources = [*folders(program), home.path]
     with staging(
         target, key=key, need=size(branches), sources=sources, overwrite=overwrite

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc.artifact import MANIFEST, Artifact, key_of, staging
+from peftc.artifact import MANIFEST, Artifact, staging
 from peftc.capturing import capture, capture_config
 from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass, safe_name
@@ -26,8 +26,8 @@ from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
     folders,
     inputs,
+    key_for,
     manifest,
-    states,
     to_safetensors,
     write_model,
 )
@@ -149,7 +149,7 @@ def write_applied(
         raise ArtifactError("the passes changed nothing", fix="add a pass, such as lora")
     need = sum(shard.size for shard in plan(program)) if written else 0
     need += sum(program.constants[fqn].spec.nbytes for fqn in trained)
-    key = key_of(program.fingerprint, states(program), "apply")
+    key = key_for(program, "apply")
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:

@@ -22,6 +22,7 @@ from peftc.cli_run import bench, run
 from peftc.cli_tune import evaluate, tune
 from peftc.errors import PeftcError, RecipeError, located, raise_all
 from peftc.formats import FORMATS
+from peftc.interrupts import came, leave
 from peftc.reports import say_canonical, say_merge, say_proof
 from peftc.terminal import Terminal, hush
 
@@ -352,7 +353,7 @@ def completion(shell: str) -> None:
 
 
 def main() -> None:
-    """The entry point: runs the command line and turns errors into exit codes."""
+    """Runs the command line and turns errors into exit codes."""
     try:
         code = cli.main(prog_name="peftc", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -362,13 +363,17 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        leave()
     except PeftcError as error:
+        if came():  # it failed because of that
+            leave()
         Terminal(as_json="--json" in sys.argv).error(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(141)
     except Exception:
+        if came():
+            leave()
         import traceback
 
         traceback.print_exc()

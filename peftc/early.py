@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from peftc.artifact import AHEAD, LOG, MANIFEST, Artifact, claimed, obstacles
 from peftc.checkpoint import PEFT_PREFIX, Checkpoint, read_json
@@ -27,13 +28,8 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 @dataclass
 class _Copy:
-    """A file of the source: its size, time and inode, and how far its runs of tensors are copied.
+    """How far a file's runs of neighbouring tensors are copied: each up to an offset."""
 
-    A run is of neighbours, and is copied up to an offset.
-    """
-
-    path: Path
-    state: list[int]
     runs: list[tuple[list[TensorRef], int]] = field(default_factory=list)
 
 
@@ -62,31 +58,27 @@ class HeadStart:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with self._held:
+    def __exit__(self, *error: Any) -> None:
+        try:
             self._end()
+        finally:
+            self._held.__exit__(*error)
 
-    def hand_over(self, states: Mapping[str, list[int]]) -> Path | None:
+    def hand_over(self) -> Path | None:
         """Ends the copying; the linker begins.
-
-        Args:
-            states: Size, time and inode of every file that the program reads. What was copied of a
-                file in another state is worth nothing.
 
         Returns:
             The staging directory, claimed, or None where none was.
         """
         self._end()
-        for copy in self._copies.values():
-            if states.get(str(copy.path)) != copy.state:
-                copy.runs.clear()
         return self._claim
 
     def adopt(self, name: str, path: Path) -> dict[TensorRef, int]:
         """Moves a file to where the linker wants it, if any of it was copied.
 
         Returns:
-            How many bytes of its tensors lie in it, where they lie in the source.
+            How many bytes of its tensors lie in it, where they lie in the source; a tensor of a
+            file that has changed since is another one.
         """
         copy = self._copies.pop(name, None)
         if copy is None or self._claim is None:
@@ -122,9 +114,7 @@ class HeadStart:
     def _copy(self, file: SafetensorsFile, target: Path, touched: set[str]) -> None:
         runs = groupby(file.tensors.values(), lambda ref: ref.name.rpartition(".")[0] in touched)
         with file.path.open("rb") as source, target.open("wb") as out:
-            info = os.fstat(source.fileno())
-            copy = _Copy(file.path, [info.st_size, info.st_mtime_ns, info.st_ino])
-            self._copies[file.path.name] = copy
+            copy = self._copies.setdefault(file.path.name, _Copy())
             reserve(out.fileno(), file.size)
             for changes, tensors in runs:
                 run = list(tensors)

@@ -236,7 +236,7 @@ def test_nothing_begins(
     before = tree(tmp_path)
     with ahead(mine, trained, target) as head:
         assert tree(tmp_path) == before
-        assert head.hand_over({}) is None and head.adopt("model.safetensors", target) == {}
+        assert head.hand_over() is None and head.adopt("model.safetensors", target) == {}
     assert tree(tmp_path) == before
 
 
