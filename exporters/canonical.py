@@ -22,7 +22,7 @@ from peftc.checkpoint import PEFT_PREFIX
 from peftc.constants import Held
 from peftc.deltas import alone, deltas, deviation, unstackable, untold
 from peftc.errors import ArtifactError, PassError, did_you_mean, located, raise_all
-from peftc.evaluate import value
+from peftc.evaluate import single_threaded, value
 from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.factors import Delta, peft_parameters, product
 from peftc.kernels.lowrank import of_matrix, of_product
@@ -55,6 +55,7 @@ class _Plain:
         return self.down.shape[0]
 
 
+@single_threaded()
 def to_canonical(
     program: Program,
     target: str | Path,

@@ -13,12 +13,13 @@ from peftc.adapterhub import VERSION, WEIGHTS, config_of, prefixes, written_name
 from peftc.artifact import Artifact, staging
 from peftc.checkpoint import PEFT_PREFIX
 from peftc.errors import ArtifactError, did_you_mean
-from peftc.evaluate import value
+from peftc.evaluate import single_threaded, value
 from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.program import Adapter, Program
 from peftc.structure import as_json
 
 
+@single_threaded()
 def to_adapterhub(
     program: Program, target: str | Path, adapter: str | None = None, *, overwrite: bool = False
 ) -> Artifact:

@@ -16,6 +16,7 @@ from peftc.artifact import Artifact, staging
 from peftc.constant_cache import FILE, ConstantCache, shapes_of
 from peftc.deltas import alone
 from peftc.errors import ArtifactError, ProofError
+from peftc.evaluate import single_threaded
 from peftc.exporters.to_safetensors import folders, key_for, manifest, write_model
 from peftc.link import plan
 from peftc.live import materialize
@@ -29,6 +30,7 @@ BOUND = 1e-5  # fp32 rounding of sums in another order
 SAMPLES, LENGTH = 2, 8  # of the tokens that the proof runs
 
 
+@single_threaded()
 def to_cache(
     program: Program,
     target: str | Path,

@@ -111,7 +111,9 @@ def to_pt2(
         proved: dict[str, Any] = {"site": site_proof(base, measured)} if shards else {}
         proved |= _proof(program, stage.path, told, proof, progress)
         progress.stage("publish")
-        stage.publish(manifest(program, KIND, proof=proved, pt2=told, **(remarks or {})))
+        how = {"format": "pt2", "weights": weights, "adapters": adapters, "slots": slots}
+        more = {"proof": proved, "pt2": told, "export": how, **(remarks or {})}
+        stage.publish(manifest(program, KIND, **more))
     return Artifact.open(target)
 
 

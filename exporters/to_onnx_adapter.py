@@ -77,9 +77,28 @@ def to_onnx_adapter(
         progress.stage("prove")
         proved = _proof(program, stage.path, report, home, branches, proof, progress)
         source = {"path": str(home.path.resolve())}
-        more = {"source": source, "onnx": report, "proof": proved, **(remarks or {})}
+        told = {"format": "onnx-adapter", "proof": proof}
+        more = {
+            "source": source, "onnx": report, "proof": proved, "export": told, **(remarks or {})
+        }  # fmt: skip
         stage.publish(manifest(program, "onnx-adapter", **more))
     return Artifact.open(target)
+
+
+def base_of(artifact: Artifact) -> Path:
+    """Where the ONNX base is that an adapter was made for.
+
+    Raises:
+        CheckpointError: There is another one now.
+    """
+    home = slotted(Path(artifact.manifest["source"]["path"]))
+    if home.manifest["onnx"]["base"] != artifact.manifest["onnx"]["base"]:
+        raise CheckpointError(
+            f"is no longer the base that {artifact.path} was made for",
+            where=str(home.path),
+            fix="restore it, or export the adapter again",
+        )
+    return home.path
 
 
 def slotted(path: Path) -> Artifact:
@@ -154,13 +173,7 @@ def verify_onnx_adapter(
         CheckpointError: The base is another one.
         ProofError: The adapter's files hold something else.
     """
-    report, home = artifact.manifest["onnx"], slotted(Path(artifact.manifest["source"]["path"]))
-    if home.manifest["onnx"]["base"] != report["base"]:
-        raise CheckpointError(
-            f"is no longer the base that {artifact.path} was made for",
-            where=str(home.path),
-            fix="restore it, or export the adapter again",
-        )
+    report, home = artifact.manifest["onnx"], slotted(base_of(artifact))
     progress.stage("compare layers")
     branches = _branches(program, home)
     return _proof(program, artifact.path, report, home, branches, extent, progress)

@@ -14,7 +14,7 @@ from peftc.adapter import CONFIG, WEIGHTS
 from peftc.artifact import Artifact, Staging, staging
 from peftc.checkpoint import PEFT_PREFIX
 from peftc.errors import ArtifactError, did_you_mean
-from peftc.evaluate import value
+from peftc.evaluate import single_threaded, value
 from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.program import Adapter, Program
 from peftc.structure import peft_edits
@@ -95,6 +95,7 @@ def to_peft(
     return Artifact.open(Path(target))
 
 
+@single_threaded()
 def write_adapter(
     program: Program, name: str, stage: Staging, folder: str = "", base: str | None = None
 ) -> None:

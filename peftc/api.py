@@ -199,12 +199,9 @@ def verify(
             report["site"] = site_proof(built, watch_file(built, written))
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
     if artifact.manifest["kind"] == "onnx-adapter":
-        from peftc.exporters.to_onnx_adapter import slotted, verify_onnx_adapter
+        from peftc.exporters.to_onnx_adapter import base_of, slotted, verify_onnx_adapter
 
-        home = slotted(Path(artifact.manifest["source"]["path"]))
-        steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
-        program = _onto(home, build(steps, str(artifact.path / MANIFEST)), extent)
-        _unmoved(artifact, program)
+        program = rebuild_onto(artifact, slotted(base_of(artifact)), extent)
         return report | verify_onnx_adapter(artifact, program, extent, progress)
     if not (artifact.path / "config.json").is_file():  # no weights
         return report
@@ -249,6 +246,18 @@ def rebuild(artifact: Artifact) -> Program:
     built = Pipeline(build(steps, str(artifact.path / MANIFEST))).run(replace(program, journal=()))
     _unmoved(artifact, built)
     return built
+
+
+def rebuild_onto(artifact: Artifact, home: Artifact, extent: Extent) -> Program:
+    """The program that an adapter for the slots of an ONNX base was made from, by its manifest.
+
+    Raises:
+        CheckpointError: An adapter is no longer what it was.
+    """
+    steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
+    program = _onto(home, build(steps, str(artifact.path / MANIFEST)), extent)
+    _unmoved(artifact, program)
+    return program
 
 
 def _unmoved(artifact: Artifact, built: Program) -> None:

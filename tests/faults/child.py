@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import resource
@@ -11,11 +12,24 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 WATCHED = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
+NEEDED = (
+    "peftc.cli", "peftc.parts", "peftc.training", "peftc.exporters.to_onnx",
+    "peftc.exporters.to_onnx_adapter", "peftc.exporters.to_cache", "peftc.exporters.to_inductor",
+    "transformers.models.llama.modeling_llama", "onnxruntime", "accelerate", "datasets",
+    "matplotlib.pyplot",
+)  # fmt: skip
 Harm = Callable[[], object]
+
+
+def warm_up() -> None:
+    """Imports what every command needs; nothing is computed, for threads survive no fork."""
+    for name in NEEDED:
+        import_module(name)
 
 
 @dataclass(frozen=True)
@@ -37,40 +51,34 @@ class Ended:
 
 
 class Child:
-    """A process that runs commands of peftc.
+    """A process that does a piece of work.
 
     Args:
-        calls: The arguments of each; the first that fails is the last.
-        folder: Of the target. What is done in it is counted.
-        harm: Is called in the child at its beginning.
+        work: Returns its exit code.
+        folder: What is done in it is counted.
         at: The number of an operation in the folder at which it is killed.
-        threads: Of torch.
     """
 
-    def __init__(
-        self,
-        calls: Sequence[Sequence[str]],
-        folder: Path,
-        harm: Harm = lambda: None,
-        at: int | None = None,
-        threads: int = 1,
-    ) -> None:
-        self._said = folder.parent / f"{folder.name}.said"
-        self._count = folder.parent / f"{folder.name}.count"
-        self._count.write_text("0")
+    def __init__(self, work: Callable[[], int], folder: Path, at: int | None = None) -> None:
+        # A pipe, for it has no size that a limit would be for.
+        self._said, said = os.pipe()
+        self._counted, counted = os.pipe()
+        fcntl.fcntl(said, fcntl.F_SETPIPE_SZ, 1 << 20)
         self._began = time.monotonic()
         self.pid = os.fork()
         if not self.pid:
-            os.setsid()
             code = 99
             try:
-                self._redirect()
-                count = _counted(str(folder), at)
-                code = _commands(calls, harm, threads)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-                self._count.write_text(str(count()))
+                os.setsid()
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the command listens
+                _speak(said)
+                count = _count(str(folder), at)
+                code = work()
+                os.write(counted, str(count()).encode())
             finally:
                 os._exit(code)
+        os.close(said)
+        os.close(counted)
 
     def signal(self, number: int) -> None:
         """Sends a signal to it and its own children, unless it has ended."""
@@ -82,25 +90,17 @@ class Child:
         _, status = os.waitpid(self.pid, 0)
         seconds = time.monotonic() - self._began
         self.signal(signal.SIGKILL)
-        said = self._said.read_text(errors="replace")
-        code = os.waitstatus_to_exitcode(status)
-        return Ended(code, said, seconds, int(self._count.read_text() or 0))
-
-    def _redirect(self) -> None:
-        handle = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        for standard in (1, 2):
-            os.dup2(handle, standard)
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        said, counted = (_all(handle) for handle in (self._said, self._counted))
+        return Ended(os.waitstatus_to_exitcode(status), said, seconds, int(counted or 0))
 
 
-def _commands(calls: Sequence[Sequence[str]], harm: Harm, threads: int) -> int:
+def commands(calls: Sequence[Sequence[str]], harm: Harm = lambda: None, threads: int = 1) -> int:
+    """Runs commands of peftc one after the other, up to the first that fails; its exit code."""
     import torch
 
     from peftc.__main__ import main
 
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     harm()
     for given in calls:
         sys.argv = ["peftc", *given]
@@ -112,7 +112,30 @@ def _commands(calls: Sequence[Sequence[str]], harm: Harm, threads: int) -> int:
     return 0
 
 
-def _counted(folder: str, at: int | None) -> Callable[[], int]:
+def files_up_to(size: int) -> Harm:
+    """A disk on which no file grows beyond a size."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def _speak(said: int) -> None:
+    for standard in (1, 2):
+        os.dup2(said, standard)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+
+
+def _all(handle: int) -> str:
+    """What is in a pipe; processes that have it open still may be there."""
+    os.set_blocking(handle, False)
+    found = b""
+    with suppress(BlockingIOError):
+        while piece := os.read(handle, 1 << 16):
+            found += piece
+    os.close(handle)
+    return found.decode(errors="replace")
+
+
+def _count(folder: str, at: int | None) -> Callable[[], int]:
     """Counts file operations below a folder from now on, and dies at the one that is named."""
     count = 0
 
