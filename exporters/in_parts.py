@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftc.artifact import LOG, Staging, claimed, obstacles
+from peftc.artifact import LOG, MANIFEST, Staging, claimed, obstacles
 from peftc.errors import ArtifactError, PeftcError, raise_all
 from peftc.exporters.to_safetensors import folders, key_for, refuse_adapters, refuse_changes
 from peftc.link import Shard, link, plan
@@ -126,6 +126,22 @@ class Gathered:
         """Removes the parts' directories, when the artifact is published."""
         for root in self.roots:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def published(target: Path) -> bool:
+    """Whether `finish` was killed behind its publication: then the parts' files lie in the target.
+
+    What is left of them is removed.
+    """
+    roots, errors = _roots(target.absolute())
+    if errors or not (target / MANIFEST).is_file():
+        return False
+    with claimed(target, kept=True) as stage:  # which it left too
+        trees = [stage / "tree", *(root / "tree" for root in roots.values())]
+        done = not any(tree.exists() and any(tree.iterdir()) for tree in trees)
+        for root in (stage, *roots.values()) if done else ():
+            shutil.rmtree(root)
+    return done
 
 
 @contextmanager

@@ -118,17 +118,12 @@ def write_model(
     for name, content in {**kept, **edited(program)}.items():
         if name != INDEX or shards != []:  # which names files that are not written
             stage.add(folder + name, content)
-    watch = watcher(program)
-    return link(
-        program,
-        stage,
-        folder,
-        shards=shards,
-        workers=workers,
-        watch=watch,
-        progress=progress,
-        head=head,
-    )
+    measured = link(
+        program, stage, folder, shards=shards, workers=workers, watch=watcher(program),
+        progress=progress, head=head,
+    )  # fmt: skip
+    refuse_changes(program)  # before a proof fails that they explain
+    return measured
 
 
 def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:

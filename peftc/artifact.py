@@ -26,6 +26,7 @@ MANIFEST = "peftc.json"
 KINDS = ("apply", "model", "adapter", "cache", "onnx", "onnx-adapter", "pt2")
 SCHEMA = 1
 WEIGHTS = ".safetensors"  # the end of the names of files that are nothing but numbers
+STAGING = "staging"  # what a directory is for in which an artifact is written
 LOG = "done.jsonl"  # in a staging directory: what is finished
 AHEAD = "ahead"  # in one too: what was copied before it was known to be needed
 LOCK = "lock"  # in every directory of work: held by the run that works there, whose name is in it
@@ -151,7 +152,7 @@ def staging(
 
 
 @contextmanager
-def claimed(target: Path, purpose: str = "staging", kept: bool = False) -> Iterator[Path]:
+def claimed(target: Path, purpose: str = STAGING, kept: bool = False) -> Iterator[Path]:
     """Makes and locks a directory of work beside a target, and removes it, unless killed.
 
     Args:
@@ -173,8 +174,8 @@ def claimed(target: Path, purpose: str = "staging", kept: bool = False) -> Itera
     with _locked(root, target):
         try:
             shutil.rmtree(root / AHEAD, ignore_errors=True)  # of a run that was killed
-            if _previous(target).exists() and not target.exists():  # killed between two renames
-                _previous(target).replace(target)
+            if purpose == STAGING and not target.exists() and _previous(target).exists():
+                _previous(target).replace(target)  # the run was killed between two renames
             yield root
         except (ConnectionError, InterruptedError):
             raise

@@ -9,7 +9,7 @@ from typing import Any
 from peftc.api import prepare
 from peftc.artifact import Artifact
 from peftc.errors import CheckpointError
-from peftc.exporters.in_parts import Part, gathered, write_part
+from peftc.exporters.in_parts import Part, gathered, published, write_part
 from peftc.exporters.to_safetensors import key_for, to_safetensors
 from peftc.merging import MergeBase, Then
 from peftc.progress import SILENT, Progress
@@ -71,6 +71,8 @@ def finish(
         ProofError: What they wrote is not equal to what it came from.
     """
     target = Path(target)
+    if published(target):
+        return Artifact.open(target)
     with gathered(target) as parts:
         program, report = prepare(**parts.arguments, progress=progress)
         if key_for(program, parts.proof) != parts.key:

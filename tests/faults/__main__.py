@@ -41,6 +41,7 @@ def disturb(
             run = Undisturbed.of(job, folder / "runs" / job.name)
         except Failure as failure:
             failures.append(f"{job.name}: {failure}")
+            print("FAILED", failures[-1], flush=True)
             continue
         for kind, each in counts.items():
             rng = random.Random(f"{job.name} {kind} {seed}")
@@ -89,7 +90,6 @@ def main() -> int:
         totals = {"kills": given.kills, "interrupts": given.interrupts, "full disks": given.full}
         counts = {kind: share(total, chosen) for kind, total in totals.items() if total}
         failures = disturb(folder, chosen, counts, given.seed)
-    print("\n".join(f"FAILED {failure}" for failure in failures))
     return int(bool(failures))
 
 

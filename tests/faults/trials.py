@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,18 +139,16 @@ def interrupted(run: Undisturbed, rng: random.Random) -> Outcome:
 
 def filled(run: Undisturbed, rng: random.Random) -> Outcome:
     """Has a job find the disk full, at a random offset of a file or of all of them."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 or not _can_mount(run.folder):
         ended = run.start(files_up_to(rng.randint(0, run.largest))).wait()
-    else:
-        size = rng.randint(1 << 12, run.total + (run.total >> 2) + (1 << 15))
-        with _Disk(run.folder, size) as disk:
-            ended = run.start(_plenty if rng.random() < 0.7 else lambda: None).wait()
-            outcome = _judge_full(run, ended)
-            disk.grow()
-            _finish(run)
+        outcome = _judge_full(run, ended)
+        _finish(run)
         return outcome
-    outcome = _judge_full(run, ended)
-    _finish(run)
+    with _Disk(run.folder, rng.randint(1 << 12, run.total + (run.total >> 2) + (1 << 15))) as disk:
+        ended = run.start(_plenty if rng.random() < 0.7 else lambda: None).wait()
+        outcome = _judge_full(run, ended)
+        disk.grow()
+        _finish(run)
     return outcome
 
 
@@ -183,6 +181,7 @@ def tried(
             outcomes[FAULTS[kind](run, rng)] += 1
         except Failure as failure:
             failures.append(f"{run.job.name}, {kind} {number + 1}: {failure}")
+            print("FAILED", failures[-1], flush=True)
     run.clear()
     return outcomes, failures
 
@@ -235,8 +234,9 @@ def _is_json(line: str) -> bool:
 
 def _finish(run: Undisturbed) -> None:
     """Runs a disturbed job again, unless its target is there, and compares."""
-    if not run.target.exists():
-        run.again()
+    if run.target.exists():  # what is left beside it, the next run there removes
+        return
+    run.again()
     run.compare(contents(run.target), "another run")
     if run.left():
         raise Failure(f"another run left {run.left()}")
@@ -249,7 +249,7 @@ def _plenty() -> None:
 
 
 class _Disk:
-    """A small disk at a folder, where one may be mounted; else files are limited to its size."""
+    """A small disk at a folder."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
@@ -266,12 +266,13 @@ class _Disk:
         self._mount("remount,size=1g")
 
     def _mount(self, options: str) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "peftc", self.folder], check=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "peftc", self.folder]
+        subprocess.run(command, check=True, capture_output=True)
 
 
-def can_mount(folder: Path) -> bool:
-    """Whether this process may mount a small disk."""
-    folder.mkdir(parents=True, exist_ok=True)
+@cache
+def _can_mount(folder: Path) -> bool:
+    """Whether this process may mount a disk."""
     try:
         with _Disk(folder, 1 << 20):
             return True

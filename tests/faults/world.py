@@ -75,8 +75,8 @@ def jobs(folder: Path) -> list[Job]:
     def apply(source: str, *passes: str) -> tuple[str, ...]:
         return ("apply", source, "-o", OUT, *passes)
 
-    merge = ("--merge", "--adapter", adapter)
-    again = ("--merge", "--merge-base", "dequantized", "--then", "nf4", "--force")
+    merge = ("--merge", "--adapter", adapter, "--proof", "sites")
+    again = (*merge[:1], "--merge-base", "dequantized", "--then", "nf4", "--force", *merge[-2:])
     tune = (
         "tune", base, "-o", OUT, "--data", str(folder / "sums.jsonl"), "--steps", "12",
         "--batch-size", "8", "--save-steps", "2", "--lr", "5e-3", "--device", "cpu",
@@ -87,28 +87,26 @@ def jobs(folder: Path) -> list[Job]:
         export(sharded, *merge, "--shards", "2/2"),
         ("finish", OUT),
     )
-    onnx, pt2 = ("--format", "onnx"), ("--format", "pt2", "--proof", "sites")
+    onnx, peft_ = ("--format", "onnx"), ("--format", "peft")
+    slotted = export(str(folder / "slots"), "--format", "onnx-adapter", "--adapter", adapter)
+    pissa = ("lora", "--rank", "4", "--init", "pissa")
     return [
         Job("apply lora", (apply(base, "lora", "--rank", "4"),)),
         Job("apply nf4 lora", (apply(sharded, "nf4", "lora", "--rank", "4"),), placed=True),
-        Job("apply lora (PiSSA)",
-            (apply(sharded, "lora", "--rank", "4", "--init", "pissa"),), placed=True),
+        Job("apply lora (PiSSA)", (apply(sharded, *pissa),), placed=True),
         Job("export: safetensors", (export(sharded, *merge),), 3),
         Job("export: safetensors, NF4", (export(str(folder / "quantized"), *again),)),
         Job("export in parts, finish", parts, 3, keeps=True),
-        Job("export: peft", (export(adapter, "--format", "peft"),)),
-        Job("export: peft, canonical",
-            (export(adapter, "--format", "peft", "--canonical", "--rank", "2"),)),
-        Job("export: adapterhub",
-            (export(str(folder / "bottleneck"), "--format", "adapterhub"),)),
+        Job("export: peft", (export(adapter, *peft_),)),
+        Job("export: peft, canonical", (export(adapter, *peft_, "--canonical", "--rank", "2"),)),
+        Job("export: adapterhub", (export(str(folder / "bottleneck"), "--format", "adapterhub"),)),
         Job("export: cache", (export(str(folder / "prompt"), "--format", "cache", "--merge"),)),
-        Job("export: onnx", (export(base, *merge, *onnx),), 2),
-        Job("export: onnx, int4", (export(base, *merge, *onnx, "--weights", "int4"),)),
-        Job("export: onnx-adapter",
-            (export(str(folder / "slots"), "--format", "onnx-adapter", "--adapter", adapter),)),
-        Job("export: pt2", (export(base, *merge, *pt2),), 0.3),
-        Job("tune", (tune,), 3, keeps=True, trains=True),
-    ]  # fmt: skip
+        Job("export: onnx", (export(base, *merge, *onnx),), 0.5),
+        Job("export: onnx, int4", (export(base, *merge, *onnx, "--weights", "int4"),), 0.5),
+        Job("export: onnx-adapter", (slotted,), 0.5),
+        Job("export: pt2", (export(base, *merge, "--format", "pt2"),), 0.1),
+        Job("tune", (tune,), 1.5, keeps=True, trains=True),
+    ]
 
 
 def contents(target: Path) -> dict[str, str]:
