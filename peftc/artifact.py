@@ -171,35 +171,30 @@ def claimed(target: Path, purpose: str = STAGING, kept: bool = False) -> Iterato
         raise ArtifactError(
             "is a link, and what it leads to is not touched", where=str(root), fix="remove the link"
         )
-    with _locked(root, target):
-        try:
-            shutil.rmtree(root / AHEAD, ignore_errors=True)  # of a run that was killed
-            if purpose == STAGING and not target.exists() and _previous(target).exists():
-                _previous(target).replace(target)  # the run was killed between two renames
-            yield root
-        except (ConnectionError, InterruptedError):
-            raise
-        except OSError as error:
-            raise _typed(error, root, target) from error
-        except Terminated:
-            kept = True
-            raise
-        finally:
-            if not kept:
-                with later():
+    lock: IO[str] | None = None
+    try:
+        with later():
+            lock = _lock(root, target)
+        shutil.rmtree(root / AHEAD, ignore_errors=True)  # of a run that was killed
+        if purpose == STAGING and not target.exists() and _previous(target).exists():
+            _previous(target).replace(target)  # the run was killed between two renames
+        yield root
+    except (ConnectionError, InterruptedError):
+        raise
+    except OSError as error:
+        raise _typed(error, root, target) from error
+    except Terminated:
+        kept = True
+        raise
+    finally:
+        if lock is not None:
+            with later(), lock:
+                if not kept:
                     shutil.rmtree(root, ignore_errors=True)
 
 
-@contextmanager
-def _locked(root: Path, target: Path) -> Iterator[None]:
-    """Holds the lock of a directory of work, which names this process."""
-    with later():
-        lock = _lock(root, target)
-    with lock:
-        yield
-
-
 def _lock(root: Path, target: Path) -> IO[str]:
+    """Holds the lock of a directory of work, which names this process."""
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -236,17 +231,15 @@ def _lock(root: Path, target: Path) -> IO[str]:
 def _typed(error: OSError, root: Path, target: Path) -> PeftcError:
     """An error of the system: of writing, unless it names a file elsewhere."""
     name = error.filename
-    written = target.parent, target, _previous(target), root
-    path = Path(name).absolute() if isinstance(name, str) else root
-    if path not in written and root not in path.parents and target not in path.parents:
-        return _unread(error, str(path))
+    path = Path(name).absolute() if isinstance(name, str) else target
+    own = path in (target.parent, target, _previous(target), root) or root in path.parents
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not (own or full):
+        return _unread(error, str(path))
     return ArtifactError(
         f"could not be written: {error.strerror or error}",
-        where=str(target),
-        fix="make room on the disk, or choose another place"
-        if full
-        else f"check {name or 'the disk'}, or choose another place",
+        where=str(target if own else path),
+        fix=f"{'make room on' if full else 'check'} the disk, or choose another place",
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc import artifact as artifacts
 from peftc import interrupts
 from peftc.artifact import Artifact, claimed, whole_lines
 from peftc.errors import ArtifactError, CheckpointError, PeftcError
@@ -131,7 +132,7 @@ def test_source_that_changed_since_a_kill_begins_anew(
                 raise Killed
 
     with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifacts.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         merge(base, given, tmp_path / "out", progress=Killer())
     assert (tmp_path / ".out.peftc-staging" / "done.jsonl").exists()
     for file in base.glob("model-*.safetensors"):
@@ -173,7 +174,7 @@ def test_lock_of_a_directory_that_is_being_removed_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else two runs would hold one target: this lock, and that of the next directory."""
-    root, flock, calls = tmp_path / ".out.peftc-staging", artifacts.fcntl.flock, list[int]()
+    root, flock, calls = tmp_path / ".out.peftc-staging", fcntl.flock, list[int]()
 
     def slow(lock: Any, how: int) -> None:
         calls.append(how)
@@ -182,7 +183,7 @@ def test_lock_of_a_directory_that_is_being_removed_is_not_taken(
             root.rmdir()
         flock(lock, how)
 
-    monkeypatch.setattr(artifacts.fcntl, "flock", slow)
+    monkeypatch.setattr(fcntl, "flock", slow)
     with claimed(tmp_path / "out") as made, pytest.raises(ArtifactError, match="another run"):
         assert made == root and len(calls) == 2
         with claimed(tmp_path / "out"):

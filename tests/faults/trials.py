@@ -266,7 +266,7 @@ class _Disk:
         self._mount("remount,size=1g")
 
     def _mount(self, options: str) -> None:
-        command = ["mount", "-t", "tmpfs", "-o", options, "peftc", self.folder]
+        command = ["mount", "-t", "tmpfs", "-o", options, "peftc", str(self.folder)]
         subprocess.run(command, check=True, capture_output=True)
 
 
