@@ -34,7 +34,8 @@ PROOFS = click.Choice(["auto", "sites", "whole"])
 def cli() -> None:
     """Compile parameter-efficient fine-tuning: apply, merge, export, prove.
 
-    Exit codes: 0 done, 1 something given is wrong, 2 usage, 3 the proof failed, 70 a bug of peftc.
+    Exit codes: 0 done, 1 something given is wrong, 2 usage, 3 the proof failed, 70 a bug of peftc,
+    130 interrupted, 143 terminated.
     """
 
 

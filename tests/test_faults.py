@@ -248,14 +248,32 @@ def command(*args: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def listens(process: subprocess.Popen[str]) -> bool:
+    """Whether a command is there that takes signals: before, it is Python that starts."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    taken = int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16)
+    return bool(taken >> (signal.SIGTERM - 1) & 1)
+
+
+def imports_torch(process: subprocess.Popen[str]) -> bool:
+    """Whether it is at the longest of its imports."""
+    return "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
 @pytest.mark.parametrize(
-    ("number", "after"), [(signal.SIGINT, 0.25), (signal.SIGINT, 1.0), (signal.SIGTERM, 0.6)]
+    ("number", "when"),
+    [(signal.SIGINT, listens), (signal.SIGINT, imports_torch), (signal.SIGTERM, imports_torch)],
 )
 def test_signal_ends_a_command_in_one_line_while_it_imports(
-    base: Path, given: Path, tmp_path: Path, number: signal.Signals, after: float
+    base: Path,
+    given: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    when: Callable[[subprocess.Popen[str]], bool],
 ) -> None:
     with command("export", base, "-o", tmp_path / "out", "--merge", "--adapter", given) as process:
-        time.sleep(after)
+        while not when(process):
+            time.sleep(0.002)
         process.send_signal(number)
         out, err = process.communicate()
     assert process.returncode == 128 + number, err
