@@ -75,8 +75,8 @@ def heard() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # on the way out there is nothing to interrupt
+            signal.signal(number, signal.SIG_IGN if came() else handler)
 
 
 @contextmanager
@@ -100,8 +100,6 @@ def came() -> bool:
 def leave() -> NoReturn:
     """Ends the process as an interrupted one: a line, and 128 and the signal as its exit code."""
     number = _signals.came or signal.SIGINT
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # on the way out there is nothing to interrupt
     goes_on = "; the same command goes on from what is sealed" * (number == signal.SIGTERM)
     print(f"peftc: stopped by {signal.Signals(number).name}{goes_on}", file=sys.stderr)
     sys.exit(128 + number)

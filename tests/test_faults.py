@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -284,14 +284,18 @@ def test_signal_ends_a_command_in_one_line_while_it_imports(
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> interrupts._Signals:
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The signals as a command has them, in this process."""
-    monkeypatch.setattr(interrupts, "_signals", found := interrupts._Signals())
-    return found
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
+    before = [(number, signal.getsignal(number)) for number in numbers]
+    monkeypatch.setattr(interrupts, "_signals", interrupts._Signals())
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 def test_interrupt_that_a_library_swallows_is_raised_again(
-    heard: interrupts._Signals, capfd: pytest.CaptureFixture[str]
+    heard: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Odd:
         def __del__(self) -> None:
@@ -305,7 +309,7 @@ def test_interrupt_that_a_library_swallows_is_raised_again(
     assert capfd.readouterr().err == "peftc: stopped by SIGINT\n"
 
 
-def test_error_that_an_interrupt_caused_counts_as_it(heard: interrupts._Signals) -> None:
+def test_error_that_an_interrupt_caused_counts_as_it(heard: None) -> None:
     with pytest.raises(SystemExit) as stop, interrupts.heard():
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -314,7 +318,7 @@ def test_error_that_an_interrupt_caused_counts_as_it(heard: interrupts._Signals)
     assert stop.value.code == 143
 
 
-def test_interrupt_waits_for_what_must_be_done_whole(heard: interrupts._Signals) -> None:
+def test_interrupt_waits_for_what_must_be_done_whole(heard: None) -> None:
     done = []
     with pytest.raises(SystemExit), interrupts.heard(), interrupts.later():
         signal.raise_signal(signal.SIGINT)

@@ -39,9 +39,8 @@ class Ended:
     Attributes:
         code: Its exit code; negative: the signal that killed it.
         said: All that it printed.
-        seconds: How long it ran.
-        operations: How often it opened, renamed, made or removed a file in the target's folder;
-            known only of one that was not killed.
+        seconds: Of the processor; known, as the next, only of one that was not killed.
+        operations: How often it opened, renamed, made or removed a file in the target's folder.
     """
 
     code: int
@@ -64,7 +63,6 @@ class Child:
         self._said, said = os.pipe()
         self._counted, counted = os.pipe()
         fcntl.fcntl(said, fcntl.F_SETPIPE_SZ, 1 << 20)
-        self._began = time.monotonic()
         self.pid = os.fork()
         if not self.pid:
             code = 99
@@ -74,24 +72,38 @@ class Child:
                 _speak(said)
                 count = _count(str(folder), at)
                 code = work()
-                os.write(counted, str(count()).encode())
+                os.write(counted, f"{time.process_time()} {count()}".encode())
             finally:
                 os._exit(code)
         os.close(said)
         os.close(counted)
 
-    def signal(self, number: int) -> None:
-        """Sends a signal to it and its own children, unless it has ended."""
+    def signal(self, number: int, after: float = 0.0) -> None:
+        """Sends a signal to it and its own children, unless it has ended.
+
+        Args:
+            number: The signal.
+            after: Seconds of the processor that it may have before; a busy machine changes them
+                less than those of a clock.
+        """
+        clock = ~self.pid << 3 | 2  # as clock_getcpuclockid has it
+        with suppress(OSError):
+            while time.clock_gettime(clock) < after and not self._ended():
+                time.sleep(0.0005)
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
+
+    def _ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self) -> Ended:
         """Waits for its end, and ends what it left behind."""
         _, status = os.waitpid(self.pid, 0)
-        seconds = time.monotonic() - self._began
         self.signal(signal.SIGKILL)
         said, counted = (_all(handle) for handle in (self._said, self._counted))
-        return Ended(os.waitstatus_to_exitcode(status), said, seconds, int(counted or 0))
+        seconds, operations = counted.split() or (0, 0)
+        code = os.waitstatus_to_exitcode(status)
+        return Ended(code, said, float(seconds), int(operations))
 
 
 def commands(calls: Sequence[Sequence[str]], harm: Harm = lambda: None, threads: int = 1) -> int:

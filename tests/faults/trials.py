@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -114,8 +113,7 @@ def killed(run: Undisturbed, rng: random.Random) -> Outcome:
         run.start(at=rng.randint(1, run.operations)).wait()
     else:
         child = run.start()
-        time.sleep(rng.uniform(0, run.seconds))
-        child.signal(signal.SIGKILL)
+        child.signal(signal.SIGKILL, after=rng.uniform(0, run.seconds))
         child.wait()
     return _rerun(run)
 
@@ -123,9 +121,8 @@ def killed(run: Undisturbed, rng: random.Random) -> Outcome:
 def interrupted(run: Undisturbed, rng: random.Random) -> Outcome:
     """Sends SIGINT or SIGTERM at a random moment."""
     child = run.start()
-    time.sleep(rng.uniform(0, run.seconds))
     number = rng.choice((signal.SIGINT, signal.SIGTERM))
-    child.signal(number)
+    child.signal(number, after=rng.uniform(0, run.seconds))
     ended = child.wait()
     unheard = ended.code in (0, -signal.SIGTERM)  # it was not listening yet, or no longer
     if not unheard:
