@@ -52,7 +52,7 @@ def to_safetensors(
     target = Path(target)
     need = sum(shard.size for shard in plan(program))
     key = key_for(program, proof)
-    claim = head.hand_over() if head else None
+    claim = head.hand_over(states(program)) if head else None
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite, claim=claim
     ) as stage:
