@@ -439,4 +439,6 @@ def summary(figures: Mapping[str, Any]) -> str:
     with suppress(KeyError):
         evaluation = figures["evaluation"]
         text += f", on what was held out {evaluation['before']:.3f} → {evaluation['after']:.3f}"
+    if (step := figures["went_on_at_step"]) is not None:
+        text += f"; went on at step {step}"
     return f"{text}; {figures['tokens_per_second']:,.0f} tokens/s, {figures['seconds']:.0f} s"
