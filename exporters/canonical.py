@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save
 
 from peftc.adapter import CONFIG, WEIGHTS
-from peftc.artifact import Artifact, key_of, staging
+from peftc.artifact import Artifact, staging
 from peftc.checkpoint import PEFT_PREFIX
 from peftc.constants import Held
 from peftc.deltas import alone, deltas, deviation, unstackable, untold
 from peftc.errors import ArtifactError, PassError, did_you_mean, located, raise_all
-from peftc.evaluate import value
-from peftc.exporters.to_safetensors import folders, manifest
+from peftc.evaluate import single_threaded, value
+from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.factors import Delta, peft_parameters, product
 from peftc.kernels.lowrank import of_matrix, of_product
 from peftc.program import Adapter, Program
@@ -55,6 +55,7 @@ class _Plain:
         return self.down.shape[0]
 
 
+@single_threaded()
 def to_canonical(
     program: Program,
     target: str | Path,
@@ -93,7 +94,7 @@ def to_canonical(
     need = sum(tensor.nbytes for tensor in tensors.values())
     with staging(
         Path(target),
-        key=key_of(program.fingerprint, f"canonical {adapter} {rank}"),
+        key=key_for(program, f"canonical {adapter} {rank}"),
         need=need,
         sources=folders(program),
         overwrite=overwrite,

@@ -15,6 +15,7 @@ from torch import nn
 
 from peftc.calling import MASK, POSITIONS, Call, Port, Tensors
 from peftc.errors import ProofError
+from peftc.evaluate import single_threaded
 from peftc.proof import differences
 
 BOUND = 1e-4  # of the largest value: fp32 rounding of sums in another order, through all layers
@@ -36,6 +37,7 @@ class Graph(Protocol):
     def takes_past(self) -> bool: ...
 
 
+@single_threaded()
 def compare(
     graph: Graph,
     call: Call,

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftc.artifact import LOG, Staging, claimed, obstacles
+from peftc.artifact import LOG, MANIFEST, Staging, claimed, obstacles
 from peftc.errors import ArtifactError, PeftcError, raise_all
-from peftc.exporters.to_safetensors import folders, key_for, refuse_adapters, states
+from peftc.exporters.to_safetensors import folders, key_for, refuse_adapters, refuse_changes
 from peftc.link import Shard, link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
@@ -89,13 +89,14 @@ def write_part(
 
     Raises:
         ArtifactError: The target cannot be written, or the program still carries adapters.
+        CheckpointError: A source file changed while it was read.
     """
     refuse_adapters(program, target)
-    target, before = Path(target), states(program)
+    target = Path(target)
     shards = part.share(plan(program))
     need = sum(shard.size for shard in shards)
     raise_all(obstacles(target, need, folders(program), overwrite))
-    key = key_for(program, before, proof)
+    key = key_for(program, proof)
     with claimed(target, part.purpose, kept=True) as root:
         stage = Staging(root, target.absolute(), key)
         progress.stage("link", need)
@@ -103,6 +104,7 @@ def write_part(
             program, stage, shards=shards, workers=workers, watch=watcher(program),
             progress=progress,
         )  # fmt: skip
+        refuse_changes(program)
         done = {"key": key, "overwrite": overwrite, "proof": proof, "arguments": arguments}
         fresh = root / "part.new"
         fresh.write_text(json.dumps(done))
@@ -124,6 +126,22 @@ class Gathered:
         """Removes the parts' directories, when the artifact is published."""
         for root in self.roots:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def published(target: Path) -> bool:
+    """Whether `finish` was killed behind its publication: then the parts' files lie in the target.
+
+    What is left of them is removed.
+    """
+    roots, errors = _roots(target.absolute())
+    if errors or not (target / MANIFEST).is_file():
+        return False
+    with claimed(target, kept=True) as stage:  # which it left too
+        trees = [stage / "tree", *(root / "tree" for root in roots.values())]
+        done = not any(tree.exists() and any(tree.iterdir()) for tree in trees)
+        for root in (stage, *roots.values()) if done else ():
+            shutil.rmtree(root)
+    return done
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 import torch._inductor
 import torch.fx.config
 
-from peftc.errors import CaptureError, MissingDependency, PeftcError
+from peftc.errors import ArtifactError, CaptureError, MissingDependency, PeftcError
 from peftc.exporters.inductor_cache import kept
 from peftc.pieces import Cut, Piece
 from peftc.progress import Progress
@@ -46,19 +49,38 @@ def compile_cuts(cuts: Iterable[Cut], progress: Progress) -> bytes:
 
     Raises:
         CaptureError: A piece cannot be compiled.
+        ArtifactError: There is no room for what the compiler writes.
     """
     from torch._inductor.package.package import package_aoti
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with _scratch() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own deprecations
         files: dict[str, Any] = {}
         for cut in cuts:
             for piece in cut.pieces.values():
                 progress.stage(f"compile {piece.name}")
                 files[piece.name] = kept(piece.form, OPTIONS, partial(_compiled, piece))
-        path = str(Path(folder) / LIBRARY)
+        path = str(folder / LIBRARY)
         package_aoti(path, files)
         return Path(path).read_bytes()
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A directory for the package, and an error that says so where the compiler lacks room."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except (OSError, RuntimeError, CaptureError) as error:
+        full = (str(os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        said = str(error)
+        if not isinstance(error, OSError) and not any(text in said for text in full):
+            raise
+        raise ArtifactError(
+            f"the compiler's files could not be written: {said.splitlines()[0]}",
+            where=tempfile.gettempdir(),
+            fix="make room there, or set TMPDIR and TORCHINDUCTOR_CACHE_DIR to another disk",
+        ) from error
 
 
 def _compiled(piece: Piece) -> list[str]:

@@ -14,7 +14,7 @@ from peftc.artifact import Staging
 from peftc.contract import safe_name
 from peftc.deltas import alone, deltas, unstackable, untold
 from peftc.errors import AdapterError, CaptureError, PeftcError, located, raise_all
-from peftc.evaluate import value
+from peftc.evaluate import single_threaded, value
 from peftc.graphs import Spec, aten
 from peftc.normal import operator_of, owner
 from peftc.program import Program
@@ -138,6 +138,7 @@ class Swap:
         total.meta = dict(node.meta)
         return None
 
+    @single_threaded()
     def write(self, stage: Staging, slots: dict[str, list[int]]) -> dict[str, str]:
         """Writes the program's adapters as files for the slots; returns these by name.
 

@@ -49,7 +49,7 @@ def prove(
     for call in calls(model):
         whole = next(whole for whole in wholes if whole.name == call.name)
         file = path / f"{whole.name}.onnx"
-        graph = session(file)
+        graph = session(file, threads=1)
         if adapter := (adapters or {}).get(file.name):
             graph = Adapted(graph, adapter)
         figures[file.name] = compare(

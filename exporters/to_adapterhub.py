@@ -10,15 +10,16 @@ from safetensors.torch import save
 
 from peftc.adapter import CONFIG
 from peftc.adapterhub import VERSION, WEIGHTS, config_of, prefixes, written_names
-from peftc.artifact import Artifact, key_of, staging
+from peftc.artifact import Artifact, staging
 from peftc.checkpoint import PEFT_PREFIX
 from peftc.errors import ArtifactError, did_you_mean
-from peftc.evaluate import value
-from peftc.exporters.to_safetensors import folders, manifest
+from peftc.evaluate import single_threaded, value
+from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.program import Adapter, Program
 from peftc.structure import as_json
 
 
+@single_threaded()
 def to_adapterhub(
     program: Program, target: str | Path, adapter: str | None = None, *, overwrite: bool = False
 ) -> Artifact:
@@ -60,7 +61,7 @@ def to_adapterhub(
         "name": name,
         "version": VERSION,
     }
-    key = key_of(program.fingerprint, f"adapterhub {name}")
+    key = key_for(program, f"adapterhub {name}")
     need = sum(tensor.nbytes for tensor in tensors.values())
     with staging(
         Path(target), key=key, need=need, sources=folders(program), overwrite=overwrite

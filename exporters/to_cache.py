@@ -12,11 +12,12 @@ from safetensors.torch import save
 from torch import nn
 from transformers import DynamicCache
 
-from peftc.artifact import Artifact, key_of, staging, versions
+from peftc.artifact import Artifact, staging
 from peftc.constant_cache import FILE, ConstantCache, shapes_of
 from peftc.deltas import alone
 from peftc.errors import ArtifactError, ProofError
-from peftc.exporters.to_safetensors import folders, manifest, write_model
+from peftc.evaluate import single_threaded
+from peftc.exporters.to_safetensors import folders, key_for, manifest, write_model
 from peftc.link import plan
 from peftc.live import materialize
 from peftc.prefixes import keys_and_values
@@ -29,6 +30,7 @@ BOUND = 1e-5  # fp32 rounding of sums in another order
 SAMPLES, LENGTH = 2, 8  # of the tokens that the proof runs
 
 
+@single_threaded()
 def to_cache(
     program: Program,
     target: str | Path,
@@ -88,7 +90,7 @@ def to_cache(
     need = sum(tensor.nbytes for tensor in tensors.values())
     need += sum(shard.size for shard in plan(program)) if model else 0
     numbering = None if cache.numbering is None else vars(cache.numbering)
-    key = key_of(program.fingerprint, "cache", model, numbering, versions())
+    key = key_for(program, "cache", model, numbering)
     with staging(
         Path(target), key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:

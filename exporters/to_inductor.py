@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peftc.artifact import Artifact, key_of, staging, versions
+from peftc.artifact import Artifact, staging
 from peftc.calling import calls
 from peftc.checkpoint import Checkpoint
 from peftc.deltas import alone
@@ -20,9 +20,8 @@ from peftc.exporters.inductor_slots import Mode, Swap
 from peftc.exporters.inductor_weights import OWN_FILE, FourBit, Table, Weights
 from peftc.exporters.to_safetensors import (
     folders,
+    key_for,
     manifest,
-    refuse_changes,
-    states,
     write_model,
 )
 from peftc.exporters.virtual_constants import Virtual, settled
@@ -83,7 +82,7 @@ def to_pt2(
         MissingDependency: There is no C++ compiler.
     """
     raise_all(needs_compiler())
-    target, before = Path(target), states(program)
+    target = Path(target)
     swap = Swap.of(program, adapters, slots) if adapters else None
     base, virtual = (swap.base, None) if swap else settled(program, target)
     progress.stage("capture")
@@ -96,8 +95,7 @@ def to_pt2(
     library = compile_cuts(cuts.values(), progress)
     shards = plan(base) if weights == "stored" else []
     need = len(library) + sum(shard.size for shard in (*shards, *table.shards()))
-    key = key_of(program.fingerprint, before, versions(), proof, weights, adapters, slots,
-                 four_bit, here())  # fmt: skip
+    key = key_for(program, proof, weights, adapters, slots, four_bit, here())
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
@@ -115,10 +113,11 @@ def to_pt2(
         progress.stage("prove")
         proved: dict[str, Any] = {"site": site_proof(base, measured)} if shards else {}
         proved |= _proof(program, virtual, stage.path, told, proof, progress)
-        refuse_changes(program, before)
         progress.stage("publish")
         cached = {"constant_cache": virtual.report(OWN_FILE)} if virtual else {}
-        more = {"proof": proved, "pt2": told, **cached, **(remarks or {})}
+        how = {"format": "pt2", "weights": weights, "adapters": adapters, "slots": slots,
+               "four_bit": four_bit}  # fmt: skip
+        more = {"proof": proved, "pt2": told, "export": how, **cached, **(remarks or {})}
         stage.publish(manifest(program, KIND, **more))
     return Artifact.open(target)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from peftc.artifact import Artifact, Staging, key_of, staging, versions
+from peftc.artifact import Artifact, Staging, staging, versions
 from peftc.checkpoint import Checkpoint, contained
 from peftc.errors import ArtifactError, PeftcError, raise_all
 from peftc.exporters import onnx_grouped, onnx_needs
@@ -24,7 +24,7 @@ from peftc.exporters.onnx_slots import Slots
 from peftc.exporters.onnx_swap import Swap
 from peftc.exporters.onnx_table import TABLE
 from peftc.exporters.onnx_weights import OWN_FILE, StoredWeights
-from peftc.exporters.to_safetensors import folders, manifest, refuse_changes, states, write_model
+from peftc.exporters.to_safetensors import folders, key_for, manifest, write_model
 from peftc.exporters.virtual_constants import Virtual, settled
 from peftc.link import link, plan
 from peftc.live import materialize
@@ -115,7 +115,6 @@ def to_onnx(
     onnx_needs.check()
     form = Form(weights, compute, head_bits, cache)
     form.check(program)
-    before = states(program)
     progress.stage("capture")
     base, virtual = (swap.base, None) if swap else settled(program, target)
     lowered = lower(base, form, swap.slots if swap else None)
@@ -124,7 +123,7 @@ def to_onnx(
     need = sum(shard.size for shard in (*shards, *own))
     need += sum(map(size, swap.branches.values())) if swap else 0
     asked = proof, vars(form), provider, adapters, slots
-    key = key_of(program.fingerprint, before, versions(), tool_versions(), asked)
+    key = key_for(program, tool_versions(), asked)
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
@@ -150,7 +149,6 @@ def to_onnx(
             proved["onnx_adapters"] = swap.prove(
                 stage.path, swapped, lowered.wholes, figures, progress
             )
-        refuse_changes(program, before)
         progress.stage("publish")
         report = {
             "opset": OPSET,

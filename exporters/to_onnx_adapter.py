@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peftc.artifact import MANIFEST, Artifact, key_of, staging, versions
+from peftc.artifact import MANIFEST, Artifact, staging
 from peftc.errors import ArtifactError, CheckpointError, located, raise_all
 from peftc.exporters.cases import BOUND
 from peftc.exporters.onnx_adapters import (
@@ -22,7 +22,7 @@ from peftc.exporters.onnx_adapters import (
 )
 from peftc.exporters.onnx_proof import prove
 from peftc.exporters.onnx_slots import Slot, slots_of
-from peftc.exporters.to_safetensors import folders, manifest, states
+from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.live import materialize
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
@@ -67,7 +67,7 @@ def to_onnx_adapter(
     home = slotted(Path(base))
     slots, branches = slots_of(home.manifest["onnx"]["slots"]), _branches(program, home)
     target, fits = Path(target), str(home.manifest["onnx"]["base"])
-    key = key_of(program.fingerprint, states(program), versions(), fits, proof)
+    key = key_for(program, fits, proof)
     sources = [*folders(program), home.path]
     with staging(
         target, key=key, need=size(branches), sources=sources, overwrite=overwrite
@@ -77,9 +77,28 @@ def to_onnx_adapter(
         progress.stage("prove")
         proved = _proof(program, stage.path, report, home, branches, proof, progress)
         source = {"path": str(home.path.resolve())}
-        more = {"source": source, "onnx": report, "proof": proved, **(remarks or {})}
+        told = {"format": "onnx-adapter", "proof": proof}
+        more = {
+            "source": source, "onnx": report, "proof": proved, "export": told, **(remarks or {})
+        }  # fmt: skip
         stage.publish(manifest(program, "onnx-adapter", **more))
     return Artifact.open(target)
+
+
+def base_of(artifact: Artifact) -> Path:
+    """Where the ONNX base is that an adapter was made for.
+
+    Raises:
+        CheckpointError: There is another one now.
+    """
+    home = slotted(Path(artifact.manifest["source"]["path"]))
+    if home.manifest["onnx"]["base"] != artifact.manifest["onnx"]["base"]:
+        raise CheckpointError(
+            f"is no longer the base that {artifact.path} was made for",
+            where=str(home.path),
+            fix="restore it, or export the adapter again",
+        )
+    return home.path
 
 
 def slotted(path: Path) -> Artifact:
@@ -154,13 +173,7 @@ def verify_onnx_adapter(
         CheckpointError: The base is another one.
         ProofError: The adapter's files hold something else.
     """
-    report, home = artifact.manifest["onnx"], slotted(Path(artifact.manifest["source"]["path"]))
-    if home.manifest["onnx"]["base"] != report["base"]:
-        raise CheckpointError(
-            f"is no longer the base that {artifact.path} was made for",
-            where=str(home.path),
-            fix="restore it, or export the adapter again",
-        )
+    report, home = artifact.manifest["onnx"], slotted(base_of(artifact))
     progress.stage("compare layers")
     branches = _branches(program, home)
     return _proof(program, artifact.path, report, home, branches, extent, progress)

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save
 
 from peftc.adapter import CONFIG, WEIGHTS
-from peftc.artifact import Artifact, Staging, key_of, staging
+from peftc.artifact import Artifact, Staging, staging
 from peftc.checkpoint import PEFT_PREFIX
 from peftc.errors import ArtifactError, did_you_mean
-from peftc.evaluate import value
-from peftc.exporters.to_safetensors import folders, manifest
+from peftc.evaluate import single_threaded, value
+from peftc.exporters.to_safetensors import folders, key_for, manifest
 from peftc.program import Adapter, Program
 from peftc.structure import peft_edits
 from peftc.targets import named_modules
@@ -85,7 +85,7 @@ def to_peft(
             fix="write it as plain LoRA (--canonical), or merge it",
         )
     need = sum(program.constants[fqn].spec.nbytes for fqn in found.tensors.values())
-    key = key_of(program.fingerprint, name)
+    key = key_for(program, name)
     with staging(
         Path(target), key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
@@ -95,6 +95,7 @@ def to_peft(
     return Artifact.open(Path(target))
 
 
+@single_threaded()
 def write_adapter(
     program: Program, name: str, stage: Staging, folder: str = "", base: str | None = None
 ) -> None:

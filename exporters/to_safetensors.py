@@ -10,11 +10,12 @@ from peftc.artifact import SCHEMA, Artifact, Staging, digest, key_of, staging, v
 from peftc.checkpoint import INDEX
 from peftc.constants import Constant, Derived, Leaf
 from peftc.early import HeadStart
-from peftc.errors import ArtifactError, CheckpointError
+from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
 from peftc.link import Shard, link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent, site_proof, wants_whole, watcher, whole_proof
+from peftc.safetensors_file import State, state_of
 from peftc.storage import edited
 
 
@@ -49,10 +50,9 @@ def to_safetensors(
     """
     refuse_adapters(program, target)
     target = Path(target)
-    before = states(program)
     need = sum(shard.size for shard in plan(program))
-    key = key_for(program, before, proof)
-    claim = head.hand_over(before) if head else None
+    key = key_for(program, proof)
+    claim = head.hand_over(states(program)) if head else None
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite, claim=claim
     ) as stage:
@@ -63,20 +63,28 @@ def to_safetensors(
         if wants_whole(program, proof):
             progress.stage("compare logits")
             proved["whole"] = whole_proof(program, stage.path)
-        refuse_changes(program, before)
         progress.stage("publish")
         told = {"format": "safetensors"}
         stage.publish(manifest(program, "model", proof=proved, export=told, **(remarks or {})))
     return Artifact.open(target)
 
 
-def refuse_changes(program: Program, before: Mapping[str, list[int]]) -> None:
-    """Raises an error if a file that a program reads is no longer as it was."""
-    changed = [path for path, state in states(program).items() if before[path] != state]
-    if changed:
-        raise CheckpointError(
-            "changed while it was read", where=changed[0], fix="run again; nothing was written"
-        )
+def refuse_changes(program: Program) -> None:
+    """Raises an error if a file that a program reads is no longer as it was when it was opened.
+
+    Raises:
+        CheckpointError: It was written to, replaced or removed; one error for each such file.
+    """
+    errors: list[PeftcError] = []
+    for path, state in states(program).items():
+        try:
+            what = None if state_of(Path(path).stat()) == state else "changed while it was read"
+        except OSError as error:
+            what = f"could be read no longer: {error.strerror}"
+        if what:
+            fix = "run again when nothing writes to it; nothing was published"
+            errors.append(CheckpointError(what, where=path, fix=fix))
+    raise_all(errors)
 
 
 def refuse_adapters(
@@ -91,9 +99,9 @@ def refuse_adapters(
         )
 
 
-def key_for(program: Program, before: Mapping[str, list[int]], proof: Extent) -> str:
+def key_for(program: Program, *asked: Any) -> str:
     """What the writing of a program depends on, the states of its files among it."""
-    return key_of(program.fingerprint, before, versions(), proof)
+    return key_of(program.fingerprint, states(program), versions(), asked)
 
 
 def write_model(
@@ -110,21 +118,21 @@ def write_model(
     for name, content in {**kept, **edited(program)}.items():
         if name != INDEX or shards != []:  # which names files that are not written
             stage.add(folder + name, content)
-    watch = watcher(program)
-    return link(
-        program,
-        stage,
-        folder,
-        shards=shards,
-        workers=workers,
-        watch=watch,
-        progress=progress,
-        head=head,
-    )
+    measured = link(
+        program, stage, folder, shards=shards, workers=workers, watch=watcher(program),
+        progress=progress, head=head,
+    )  # fmt: skip
+    refuse_changes(program)  # before a proof fails that they explain
+    return measured
 
 
 def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:
-    """What peftc.json says of a program, but for the files."""
+    """What peftc.json says of a program, but for the files.
+
+    Raises:
+        CheckpointError: A file that it was made from has changed meanwhile.
+    """
+    refuse_changes(program)
     return {
         "peftc": SCHEMA,
         "kind": kind,
@@ -136,32 +144,27 @@ def manifest(program: Program, kind: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def states(program: Program) -> dict[str, list[int]]:
-    """Size, time and inode of every file that the program reads."""
-    return {
-        str(path): [info.st_size, info.st_mtime_ns, info.st_ino]
-        for path in sorted(_files(program))
-        for info in (path.stat(),)
-    }
+def states(program: Program) -> dict[str, State]:
+    """Size, times and inode, when it was opened, of every file that the program reads."""
 
-
-def inputs(program: Program) -> dict[str, str]:
-    """The hash of every file that the program reads beside its source's own: the adapters."""
-    own = {file.original.path for file in program.source.layout() if file.original}
-    return {str(path): digest(path) for path in sorted(_files(program) - own)}
-
-
-def folders(program: Program) -> list[Path]:
-    """The directories that the program reads."""
-    return sorted({path.parent for path in _files(program)})
-
-
-def _files(program: Program) -> set[Path]:
-    def leaves(constant: Constant) -> Iterator[Path]:
+    def leaves(constant: Constant) -> Iterator[Leaf]:
         if isinstance(constant, Leaf):
-            yield constant.ref.file
+            yield constant
         elif isinstance(constant, Derived):
             for inner in constant.inputs.values():
                 yield from leaves(inner)
 
-    return {path for constant in program.constants.values() for path in leaves(constant)}
+    known = {c.ref.states for constant in program.constants.values() for c in leaves(constant)}
+    return dict(sorted(state for found in known for state in found))
+
+
+def inputs(program: Program) -> dict[str, str]:
+    """The hash of every file that the program reads beside its source's own: the adapters."""
+    files = [file.original.path for file in program.source.layout() if file.original]
+    own = {str(path) for file in files for path in (file, file.with_name("config.json"))}
+    return {path: digest(Path(path)) for path in states(program) if path not in own}
+
+
+def folders(program: Program) -> list[Path]:
+    """The directories that the program reads."""
+    return sorted({Path(path).parent for path in states(program)})

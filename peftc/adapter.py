@@ -46,7 +46,8 @@ class AdapterDirectory:
                     where=str(path),
                     fix=adapterhub.CONVERT,
                 )
-            return cls(path, config, read_header(contained(path, adapterhub.WEIGHTS)))
+            weights = contained(path, adapterhub.WEIGHTS)
+            return cls(path, config, read_header(weights, path / CONFIG))
         if not (path / WEIGHTS).exists() and (path / "adapter_model.bin").exists():
             raise AdapterError(
                 "holds only pickled weights (adapter_model.bin), which run code when opened",
@@ -55,7 +56,7 @@ class AdapterDirectory:
             )
         if not isinstance(config.get("peft_type"), str):
             raise AdapterError("names no peft_type", where=str(path / CONFIG), fix="save it again")
-        return cls(path, config, read_header(contained(path, WEIGHTS)))
+        return cls(path, config, read_header(contained(path, WEIGHTS), path / CONFIG))
 
     def leaves(self) -> dict[str, Leaf]:
         """Every tensor as a constant, by its name in the file."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftc.artifact import MANIFEST, Artifact, key_of, staging
+from peftc.artifact import MANIFEST, Artifact, staging
 from peftc.capturing import capture, capture_config
 from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass, safe_name
@@ -26,8 +26,8 @@ from peftc.exporters.to_peft import to_peft, write_adapter
 from peftc.exporters.to_safetensors import (
     folders,
     inputs,
+    key_for,
     manifest,
-    states,
     to_safetensors,
     write_model,
 )
@@ -149,7 +149,7 @@ def write_applied(
         raise ArtifactError("the passes changed nothing", fix="add a pass, such as lora")
     need = sum(shard.size for shard in plan(program)) if written else 0
     need += sum(program.constants[fqn].spec.nbytes for fqn in trained)
-    key = key_of(program.fingerprint, states(program), "apply")
+    key = key_for(program, "apply")
     with staging(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite
     ) as stage:
@@ -199,12 +199,9 @@ def verify(
             report["site"] = site_proof(built, watch_file(built, written))
         return {**report, "adapters": list(program.adapters), "sites": len(program.sites)}
     if artifact.manifest["kind"] == "onnx-adapter":
-        from peftc.exporters.to_onnx_adapter import slotted, verify_onnx_adapter
+        from peftc.exporters.to_onnx_adapter import base_of, slotted, verify_onnx_adapter
 
-        home = slotted(Path(artifact.manifest["source"]["path"]))
-        steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
-        program = _onto(home, build(steps, str(artifact.path / MANIFEST)), extent)
-        _unmoved(artifact, program)
+        program = rebuild_onto(artifact, slotted(base_of(artifact)), extent)
         return report | verify_onnx_adapter(artifact, program, extent, progress)
     if not (artifact.path / "config.json").is_file():  # no weights
         return report
@@ -249,6 +246,18 @@ def rebuild(artifact: Artifact) -> Program:
     built = Pipeline(build(steps, str(artifact.path / MANIFEST))).run(replace(program, journal=()))
     _unmoved(artifact, built)
     return built
+
+
+def rebuild_onto(artifact: Artifact, home: Artifact, extent: Extent) -> Program:
+    """The program that an adapter for the slots of an ONNX base was made from, by its manifest.
+
+    Raises:
+        CheckpointError: An adapter is no longer what it was.
+    """
+    steps = [(entry["title"], entry["options"]) for entry in artifact.manifest["journal"]]
+    program = _onto(home, build(steps, str(artifact.path / MANIFEST)), extent)
+    _unmoved(artifact, program)
+    return program
 
 
 def _unmoved(artifact: Artifact, built: Program) -> None:

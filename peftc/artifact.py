@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blake3 import blake3
 
 from peftc.checkpoint import contained, read_json
-from peftc.errors import ArtifactError, PeftcError, raise_all
+from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.interrupts import Terminated, later
 
 MANIFEST = "peftc.json"
 KINDS = ("apply", "model", "adapter", "cache", "onnx", "onnx-adapter", "pt2")
 SCHEMA = 1
 WEIGHTS = ".safetensors"  # the end of the names of files that are nothing but numbers
+STAGING = "staging"  # what a directory is for in which an artifact is written
 LOG = "done.jsonl"  # in a staging directory: what is finished
 AHEAD = "ahead"  # in one too: what was copied before it was known to be needed
+LOCK = "lock"  # in every directory of work: held by the run that works there, whose name is in it
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,15 @@ class Staging:
         root: Holds the tree, which becomes the artifact, and the log of what is finished.
         target: The artifact's directory.
         key: What the work depends on.
+        overwrite: The target may be an artifact of peftc.
     """
 
-    def __init__(self, root: Path, target: Path, key: str) -> None:
-        self.path, self.target = root / "tree", target
+    def __init__(self, root: Path, target: Path, key: str, overwrite: bool = False) -> None:
+        self.path, self.target, self.overwrite = root / "tree", target, overwrite
         self.files: dict[str, Sealed] = {}
         self.notes: dict[str, Any] = {}
         self._log = root / LOG
-        first, *rest = _lines(self._log) or [{}]
+        first, *rest = whole_lines(self._log) or [{}]
         if first != {"key": key}:
             rest = []
             if self.path.exists():
@@ -88,20 +94,26 @@ class Staging:
         self.seal(name, blake3(data).hexdigest())
 
     def publish(self, manifest: Mapping[str, Any]) -> None:
-        """Writes the manifest and renames the directory to its target."""
+        """Writes the manifest and renames the directory to its target.
+
+        Raises:
+            ArtifactError: Meanwhile something else has appeared there.
+        """
         names = sorted(self.files.keys() - {MANIFEST})  # an earlier run may have written one
         files = {name: vars(self.files[name]) for name in names}
         text = json.dumps({**manifest, "files": files}, indent=2) + "\n"
         self.add(MANIFEST, text.encode())
         for folder in {self.path, *(self.path / name for name in files)}:
             fsync_folder(folder if folder.is_dir() else folder.parent)
-        previous = self.target.parent / f".{self.target.name}.peftc-previous"
-        if self.target.exists():
+        raise_all(occupied(self.target, self.overwrite))
+        previous = _previous(self.target)
+        with later():
+            if self.target.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                self.target.replace(previous)
+            self.path.replace(self.target)
+            fsync_folder(self.target.parent)
             shutil.rmtree(previous, ignore_errors=True)
-            self.target.replace(previous)
-        self.path.replace(self.target)
-        fsync_folder(self.target.parent)
-        shutil.rmtree(previous, ignore_errors=True)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._log.open("a") as log:
@@ -136,18 +148,11 @@ def staging(
     """
     raise_all(obstacles(target, need, sources, overwrite))
     with nullcontext(claim) if claim else claimed(target) as root:
-        try:
-            yield Staging(root, target.absolute(), key)
-        except OSError as error:
-            raise ArtifactError(
-                f"could not be written: {error.strerror or error}",
-                where=str(target),
-                fix="make room on the disk, or choose another place",
-            ) from error
+        yield Staging(root, target.absolute(), key, overwrite)
 
 
 @contextmanager
-def claimed(target: Path, purpose: str = "staging", kept: bool = False) -> Iterator[Path]:
+def claimed(target: Path, purpose: str = STAGING, kept: bool = False) -> Iterator[Path]:
     """Makes and locks a directory of work beside a target, and removes it, unless killed.
 
     Args:
@@ -156,7 +161,9 @@ def claimed(target: Path, purpose: str = "staging", kept: bool = False) -> Itera
         kept: Leave it there.
 
     Raises:
-        ArtifactError: It cannot be made, or another run is writing there.
+        ArtifactError: It cannot be made, another run is working there, or what is written does not
+            fit on the disk.
+        CheckpointError: A file that is read cannot be.
     """
     target = target.absolute()
     root = target.parent / f".{target.name}.peftc-{purpose}"
@@ -164,28 +171,87 @@ def claimed(target: Path, purpose: str = "staging", kept: bool = False) -> Itera
         raise ArtifactError(
             "is a link, and what it leads to is not touched", where=str(root), fix="remove the link"
         )
+    lock: IO[str] | None = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / "lock").open("w")
+        with later():
+            lock = _lock(root, target)
+        shutil.rmtree(root / AHEAD, ignore_errors=True)  # of a run that was killed
+        if purpose == STAGING and not target.exists() and _previous(target).exists():
+            _previous(target).replace(target)  # the run was killed between two renames
+        yield root
+    except (ConnectionError, InterruptedError):
+        raise
     except OSError as error:
-        raise ArtifactError(
-            f"cannot be written: {error.strerror}",
-            where=str(target),
-            fix="choose a place where you may write",
-        ) from error
-    with lock:
+        raise _typed(error, root, target) from error
+    except Terminated:
+        kept = True
+        raise
+    finally:
+        if lock is not None:
+            with later(), lock:
+                if not kept:
+                    shutil.rmtree(root, ignore_errors=True)
+
+
+def _lock(root: Path, target: Path) -> IO[str]:
+    """Holds the lock of a directory of work, which names this process."""
+    while True:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = (root / LOCK).open("a+")
+        except FileNotFoundError:  # the run that held it has just ended
+            continue
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot be written: {error.strerror}",
+                where=str(target),
+                fix="choose a place where you may write",
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip()
+            lock.close()
             raise ArtifactError(
-                "another run of peftc is writing it", where=str(target), fix="wait for it to end"
+                f"another run of peftc{f' ({holder})' if holder else ''} is writing it",
+                where=str(target),
+                fix=f"wait for it to end; while it runs it holds {root / LOCK}",
             ) from error
-        shutil.rmtree(root / AHEAD, ignore_errors=True)  # of a run that was killed
-        try:
-            yield root
-        finally:
-            if not kept:
-                shutil.rmtree(root, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), (root / LOCK).stat()):
+                break
+        lock.close()  # of a directory that its run has removed meanwhile
+    with suppress(OSError):  # on a full disk it has no name
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return lock
+
+
+def _typed(error: OSError, root: Path, target: Path) -> PeftcError:
+    """An error of the system: of writing, unless it names a file elsewhere."""
+    name = error.filename
+    path = Path(name).absolute() if isinstance(name, str) else target
+    own = path in (target.parent, target, _previous(target), root) or root in path.parents
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not (own or full):
+        return _unread(error, str(path))
+    return ArtifactError(
+        f"could not be written: {error.strerror or error}",
+        where=str(target if own else path),
+        fix=f"{'make room on' if full else 'check'} the disk, or choose another place",
+    )
+
+
+def _unread(error: OSError, path: str) -> CheckpointError:
+    return CheckpointError(
+        f"cannot be read: {error.strerror}", where=path, fix="check that it is there, and readable"
+    )
+
+
+def _previous(target: Path) -> Path:
+    """Where an artifact is that another one is about to replace."""
+    return target.parent / f".{target.name}.peftc-previous"
 
 
 def _is_ours(target: Path) -> bool:
@@ -199,23 +265,29 @@ def _is_ours(target: Path) -> bool:
     return True
 
 
+def occupied(target: Path, overwrite: bool) -> list[PeftcError]:
+    """What already is where a target is to be, and is not replaced."""
+    if not (target.exists() or target.is_symlink()):
+        return []
+    if not overwrite:
+        return [
+            ArtifactError("exists already", where=str(target), fix="choose another, or --overwrite")
+        ]
+    if target.is_symlink() or not _is_ours(target):
+        return [
+            ArtifactError(
+                f"is not an artifact of peftc (it has no {MANIFEST}), and is not overwritten",
+                where=str(target),
+                fix="remove it yourself, or choose another place",
+            )
+        ]
+    return []
+
+
 def obstacles(target: Path, need: int, sources: list[Path], overwrite: bool) -> list[PeftcError]:
     """What stands against writing a target; see `staging`."""
-    errors: list[PeftcError] = []
+    errors = occupied(target, overwrite)
     where, real = str(target), target.resolve()
-    if target.exists() or target.is_symlink():
-        if not overwrite:
-            errors.append(
-                ArtifactError("exists already", where=where, fix="choose another, or --overwrite")
-            )
-        elif target.is_symlink() or not _is_ours(target):
-            errors.append(
-                ArtifactError(
-                    f"is not an artifact of peftc (it has no {MANIFEST}), and is not overwritten",
-                    where=where,
-                    fix="remove it yourself, or choose another place",
-                )
-            )
     for source in sources:
         home = source.resolve()
         if real == home or home in real.parents or real in home.parents:
@@ -305,9 +377,16 @@ class Artifact:
 
 
 def digest(path: Path) -> str:
-    """The BLAKE3 of a file in hex, as `b3sum` prints it: a safe hash that keeps up with disks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]
+    """The BLAKE3 of a file in hex, as `b3sum` prints it: a safe hash that keeps up with disks.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]
+    except OSError as error:
+        raise _unread(error, str(path)) from error
 
 
 def fsync_folder(path: Path) -> None:
@@ -335,8 +414,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The log's whole lines; a line cut off by a kill ends it."""
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """A log's JSON up to a line that was cut off, by a kill or a full disk."""
     lines = []
     try:
         for line in path.read_text().splitlines():

@@ -59,7 +59,7 @@ class Checkpoint:
         files, errors = [], []
         for shard in shards:
             try:
-                files.append(read_header(contained(root, shard)))
+                files.append(read_header(contained(root, shard), root / "config.json"))
             except CheckpointError as error:
                 errors.append(error)
         raise_all(errors)

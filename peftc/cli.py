@@ -23,6 +23,7 @@ from peftc.cli_run import bench, run
 from peftc.cli_tune import evaluate, tune
 from peftc.errors import PeftcError, RecipeError, located, raise_all
 from peftc.formats import FORMATS
+from peftc.interrupts import came, leave
 from peftc.reports import say_canonical, say_merge, say_proof
 from peftc.terminal import Terminal, hush
 
@@ -34,7 +35,8 @@ PROOFS = click.Choice(["auto", "sites", "whole"])
 def cli() -> None:
     """Compile parameter-efficient fine-tuning: apply, merge, export, prove.
 
-    Exit codes: 0 done, 1 something given is wrong, 2 usage, 3 the proof failed, 70 a bug of peftc.
+    Exit codes: 0 done, 1 something given is wrong, 2 usage, 3 the proof failed, 70 a bug of peftc,
+    130 interrupted, 143 terminated.
     """
 
 
@@ -353,7 +355,7 @@ def completion(shell: str) -> None:
 
 
 def main() -> None:
-    """The entry point: runs the command line and turns errors into exit codes."""
+    """Runs the command line and turns errors into exit codes."""
     gc.set_threshold(100_000, 50, 100)  # imports make a million objects, and all of them stay
     try:
         code = cli.main(prog_name="peftc", standalone_mode=False)
@@ -364,13 +366,17 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        leave()
     except PeftcError as error:
+        if came():  # it failed because of that
+            leave()
         Terminal(as_json="--json" in sys.argv).error(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(141)
     except Exception:
+        if came():
+            leave()
         import traceback
 
         traceback.print_exc()

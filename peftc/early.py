@@ -15,21 +15,22 @@ from dataclasses import dataclass, field
 from itertools import accumulate, count
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from peftc import direct
 from peftc.artifact import AHEAD, LOG, MANIFEST, Artifact, claimed, obstacles
 from peftc.checkpoint import PEFT_PREFIX, Checkpoint, read_json
-from peftc.safetensors_file import SafetensorsFile, read_header
+from peftc.safetensors_file import SafetensorsFile, State, read_header, state_of
 
 _RUN = 16  # blocks that are copied at once: between two calls the interpreter's lock is waited for
 
 
 @dataclass
 class _Copy:
-    """A file of the source: its size, time and inode, and which of its blocks are copied."""
+    """A file of the source, its state, and which of its blocks are copied."""
 
     path: Path
-    state: list[int]
+    state: State
     blocks: set[int] = field(default_factory=set)
 
 
@@ -59,16 +60,18 @@ class HeadStart:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with self._held:
+    def __exit__(self, *error: Any) -> None:
+        try:
             self._end()
+        finally:
+            self._held.__exit__(*error)
 
-    def hand_over(self, states: Mapping[str, list[int]]) -> Path | None:
+    def hand_over(self, states: Mapping[str, State]) -> Path | None:
         """Ends the copying; the linker begins.
 
         Args:
-            states: Size, time and inode of every file that the program reads. What was copied of a
-                file in another state is worth nothing.
+            states: That of every file that the program reads, when it was opened. What was copied
+                of a file in another state is worth nothing.
 
         Returns:
             The staging directory, claimed, or None where none was.
@@ -119,8 +122,7 @@ class HeadStart:
         ]
         changed = {number for span in spans for number in range(*span)}
         with file.path.open("rb") as source:
-            info = os.fstat(source.fileno())
-            copy = _Copy(file.path, [info.st_size, info.st_mtime_ns, info.st_ino])
+            copy = _Copy(file.path, state_of(os.fstat(source.fileno())))
             direct.reserve(target, file.size)
             out, room = direct.opened(target), memoryview(self._memory)
             try:

@@ -48,7 +48,10 @@ _FRESH = {aten.mm.default, aten.linear.default, *_IN_PLACE}  # whose results are
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Runs torch on one thread: on pieces this small, its threads cost more than they gain."""
+    """Runs torch on one thread: on pieces this small, its threads cost more than they gain.
+
+    And sums and decompositions depend in their last bits on how many there are.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -235,9 +235,16 @@ def _header(file: OutputFile, table: Mapping[str, Any]) -> bytes:
             for ref, entry in zip(original.tensors.values(), table.values(), strict=True)
         )
     ):
-        with original.path.open("rb") as handle:
-            prefix = handle.read(8)
-            return prefix + handle.read(struct.unpack("<Q", prefix)[0])
+        try:
+            with original.path.open("rb") as handle:
+                prefix = handle.read(8)
+                return prefix + handle.read(struct.unpack("<Q", prefix)[0])
+        except (OSError, struct.error) as error:
+            raise CheckpointError(
+                f"can be read no longer: {error}",
+                where=str(original.path),
+                fix="restore it, and run again",
+            ) from error
     text = json.dumps({"__metadata__": dict(file.metadata), **table}, separators=(",", ":"))
     raw = text.encode()
     raw += b" " * (-len(raw) % 8)

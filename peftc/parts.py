@@ -9,8 +9,8 @@ from typing import Any
 from peftc.api import prepare
 from peftc.artifact import Artifact
 from peftc.errors import CheckpointError
-from peftc.exporters.in_parts import Part, gathered, write_part
-from peftc.exporters.to_safetensors import key_for, states, to_safetensors
+from peftc.exporters.in_parts import Part, gathered, published, write_part
+from peftc.exporters.to_safetensors import key_for, to_safetensors
 from peftc.merging import MergeBase, Then
 from peftc.progress import SILENT, Progress
 from peftc.proof import Extent
@@ -71,9 +71,11 @@ def finish(
         ProofError: What they wrote is not equal to what it came from.
     """
     target = Path(target)
+    if published(target):
+        return Artifact.open(target)
     with gathered(target) as parts:
         program, report = prepare(**parts.arguments, progress=progress)
-        if key_for(program, states(program), parts.proof) != parts.key:
+        if key_for(program, parts.proof) != parts.key:
             raise CheckpointError(
                 "the files that its parts were made from have changed, or peftc has",
                 where=str(target),

@@ -21,7 +21,7 @@ from peftc.capturing import CheckpointSource, capture
 from peftc.checkpoint import Checkpoint
 from peftc.constants import Leaf, Packed
 from peftc.errors import ProofError
-from peftc.evaluate import chunks, value
+from peftc.evaluate import chunks, single_threaded, value
 from peftc.four_bit import parts_of
 from peftc.link import Watcher
 from peftc.live import materialize
@@ -156,6 +156,7 @@ def affords_whole(program: Program, extent: Extent) -> bool:
     return extent == "whole" or (extent == "auto" and 4 * count <= AUTO_BYTES)
 
 
+@single_threaded()
 def whole_proof(program: Program, written: Path) -> dict[str, Any]:
     """Compares the logits of the unfolded program and of a written checkpoint.
 

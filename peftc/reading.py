@@ -72,14 +72,23 @@ def _open(path: Path, inode: int, size: int) -> _OpenFile:
 def _read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
     raw = torch.empty(count, dtype=torch.uint8)
     view = raw.numpy().data
-    info = path.stat()
-    file = _open(path, info.st_ino, info.st_size)
     done = 0
-    while done < count:
-        got = os.preadv(file.fd, [view[done:]], start + done)
-        if not got:
-            raise CheckpointError(
-                "was truncated while it was read", where=str(path), fix="restore it, and run again"
-            )
-        done += got
+    try:
+        info = path.stat()
+        file = _open(path, info.st_ino, info.st_size)
+        while done < count:
+            got = os.preadv(file.fd, [view[done:]], start + done)
+            if not got:
+                raise CheckpointError(
+                    "was truncated while it was read",
+                    where=str(path),
+                    fix="restore it, and run again",
+                )
+            done += got
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            fix="check that it is there, may be read, and lies on a sound disk",
+        ) from error
     return raw

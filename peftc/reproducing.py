@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from peftc.api import rebuild, write_applied
-from peftc.artifact import Artifact, versions
+from peftc.api import rebuild, rebuild_onto, write_applied
+from peftc.artifact import Artifact, claimed, versions
 from peftc.errors import ArtifactError, ProofError, raise_all
 from peftc.progress import SILENT, Progress
 
@@ -19,7 +19,16 @@ WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cache": ("to_cache", {}),
     "peft": ("to_peft", {}),
     "adapterhub": ("to_adapterhub", {}),
+    "pt2": ("to_inductor", {"proof": "sites"}),
+    "onnx-adapter": ("to_onnx_adapter", {}),
 }
+NAMES = {"to_inductor": "to_pt2"}  # of exporters that are not called as their modules are
+# What bytes depend on that no manifest holds.
+UNLIKE = {
+    "pt2": "set TORCHINDUCTOR_CACHE_DIR as it was, and use that compiler: the library names its "
+    "sources by their places",
+}
+TOLD = ("safetensors", "onnx", "cache", "pt2", "onnx-adapter")  # what takes a progress
 
 
 def reproduce(path: str | Path, progress: Progress = SILENT) -> dict[str, Any]:
@@ -44,22 +53,15 @@ def reproduce(path: str | Path, progress: Progress = SILENT) -> dict[str, Any]:
         raise ArtifactError(
             "holds what was trained, which its manifest cannot make again"
             if "training" in artifact.manifest
-            else "is of a kind whose bytes differ each time (a compiler's), or has no such record",
+            else "has no record of how it was exported: an earlier peftc wrote it",
             where=str(artifact.path),
             fix="verify it without --rebuild",
         )
-    program = rebuild(artifact)
     where = artifact.path.absolute()
-    with tempfile.TemporaryDirectory(prefix=f".{where.name}.peftc-", dir=where.parent) as scratch:
-        target = Path(scratch) / where.name
-        if form == "apply":
-            made = write_applied(program, target, home=where, progress=progress)
-        else:
-            name, more = WRITERS[form]
-            write = getattr(import_module(f"peftc.exporters.{name}"), name)
-            if form in ("safetensors", "onnx", "cache"):
-                more = {**more, "progress": progress}
-            made = write(program, target, **asked, **more)
+    with claimed(where, "rebuilt") as scratch:
+        target = scratch / where.name
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+        made = _again(artifact, form, asked, target, progress)
     now, then = made.manifest["files"], artifact.manifest["files"]
     tools = versions()
     changed = {
@@ -72,10 +74,31 @@ def reproduce(path: str | Path, progress: Progress = SILENT) -> dict[str, Any]:
             ProofError(
                 "is another file when it is made again",
                 where=str(artifact.path / file),
-                fix=f"compare with the same versions: {changed}" if changed else "report it",
+                fix=f"compare with the same versions: {changed}"
+                if changed
+                else UNLIKE.get(form, "report it"),
             )
             for file in sorted(now.keys() | then.keys())
             if now.get(file) != then.get(file)
         ]
     )
     return {"files": len(then), "format": form}
+
+
+def _again(
+    artifact: Artifact, form: str, asked: dict[str, Any], target: Path, progress: Progress
+) -> Artifact:
+    """An artifact made a second time, elsewhere."""
+    if form == "apply":
+        home = artifact.path.absolute()
+        return write_applied(rebuild(artifact), target, home=home, progress=progress)
+    name, more = WRITERS[form]
+    module = import_module(f"peftc.exporters.{name}")
+    write = getattr(module, NAMES.get(name, name))
+    if form in TOLD:
+        more = {**more, "progress": progress}
+    if form == "onnx-adapter":
+        home = module.base_of(artifact)
+        program = rebuild_onto(artifact, module.slotted(home), asked["proof"])
+        return write(program, home, target, **asked, **more)  # type: ignore[no-any-return]
+    return write(rebuild(artifact), target, **asked, **more)  # type: ignore[no-any-return]

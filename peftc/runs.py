@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peftc.artifact import claimed, fsync_folder
+from safetensors import SafetensorError
+
+from peftc.artifact import LOCK, claimed, fsync_folder, whole_lines
 from peftc.errors import ArtifactError, TrainingError
 
 PURPOSE = "training"
@@ -46,8 +48,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The figures so far, a mapping for each step and for each evaluation."""
-        file = self.root / METRICS
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return whole_lines(self.root / METRICS)
 
     def begin(self, what: Mapping[str, Any], restart: bool) -> None:
         """Takes up what an earlier run left, if it was the same training.
@@ -62,9 +63,9 @@ class Run:
         file = self.root / SETTINGS
         if restart:
             for path in self.root.iterdir():
-                if path.name != "lock":
+                if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if file.exists():
+        if file.exists() and self.checkpoints:
             self._compare(json.loads(file.read_text()), what)
         for partial in set(self.root.glob(f"{PREFIX}*")) - set(self.checkpoints):
             shutil.rmtree(partial)
@@ -155,10 +156,14 @@ def working(target: Path, claim: bool) -> Iterator[Run]:
         yield Run(target.parent / f".{target.name}.peftc-{PURPOSE}")
         return
     with claimed(target, PURPOSE, kept=True) as root:
+        run = Run(root)
         try:
-            yield Run(root)
+            yield run
+        except SafetensorError as error:
+            raise run.unwritten(error) from error
         finally:
-            if not (root / SETTINGS).exists():  # nothing began, or all of it is published
+            begun = (root / SETTINGS).exists() and (run.metrics or run.checkpoints)
+            if not begun:  # or all of it is published
                 shutil.rmtree(root, ignore_errors=True)
 
 

@@ -26,9 +26,15 @@ BITS = {
 }  # fmt: skip
 
 
+State = tuple[int, int, int, int]  # of a file: its size, times of its bytes and entry, and inode
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor lies: `nbytes` bytes from offset `start` of `file`."""
+    """Where a tensor lies: `nbytes` bytes from offset `start` of `file`.
+
+    `states` says how that file was when its header was read, and those that say what is in it.
+    """
 
     name: str
     file: Path
@@ -36,6 +42,7 @@ class TensorRef:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    states: tuple[tuple[str, State], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,17 @@ class SafetensorsFile:
     tensors: Mapping[str, TensorRef]
 
 
-def read_header(path: Path) -> SafetensorsFile:
+def state_of(info: os.stat_result) -> State:
+    """What shows that a file changed: a restored time leaves that of the entry, which none sets."""
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+
+
+def read_header(path: Path, *beside: Path) -> SafetensorsFile:
     """Reads and checks a safetensors header.
+
+    Args:
+        path: The file.
+        beside: Those, such as a config, without which its tensors have no meaning.
 
     Raises:
         CheckpointError: The file is no regular file, is truncated, or its header is too large, not
@@ -71,6 +87,8 @@ def read_header(path: Path) -> SafetensorsFile:
             if length > min(MAX_HEADER, info.st_size - 8):
                 raise bad(f"is truncated or no safetensors file: its header claims {length} bytes")
             raw = file.read(length)
+        known = [(str(path), state_of(info))]
+        states = (*known, *((str(other), state_of(other.stat())) for other in beside))
     except OSError as error:
         raise CheckpointError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check the file's permissions"
@@ -85,7 +103,7 @@ def read_header(path: Path) -> SafetensorsFile:
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise bad("its __metadata__ is not a JSON object of strings")
     try:
-        refs = [_ref(path, name, entry, 8 + length) for name, entry in header.items()]
+        refs = [_ref(path, name, entry, 8 + length, states) for name, entry in header.items()]
     except PeftcError as error:
         raise bad(error.what) from error
     refs.sort(key=lambda ref: (ref.start, ref.nbytes))
@@ -106,7 +124,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
+def _ref(
+    path: Path, name: str, entry: object, base: int, states: tuple[tuple[str, State], ...]
+) -> TensorRef:
     shown = _short(name)
     try:
         name.encode()
@@ -122,7 +142,7 @@ def _ref(path: Path, name: str, entry: object, base: int) -> TensorRef:
     nbytes = _nbytes(shape, dtype)
     if offsets[1] - offsets[0] != nbytes:
         raise PeftcError(f"tensor {shown} needs {nbytes} bytes, its offsets {offsets} differ")
-    return TensorRef(name, path, dtype, tuple(shape), base + offsets[0], int(nbytes))
+    return TensorRef(name, path, dtype, tuple(shape), base + offsets[0], int(nbytes), states)
 
 
 def _nbytes(shape: list[int], dtype: str) -> int | float:

@@ -6,6 +6,7 @@ on after a kill, and how what it trained is published.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,10 @@ from peftc.tuner import Tuner, Watch
 from peftc.tuning import ON_GPU, OPTIMIZERS, Tuning
 
 FIGURES = "training/"  # in the artifact
+# What the same training measures otherwise each time, and its artifact therefore does not hold.
+MEASURED = (
+    "seconds", "tokens_per_second", "seconds_per_step", "peak_memory", "went_on_at_step",
+)  # fmt: skip
 
 
 def tune(
@@ -70,7 +75,8 @@ def tune(
         progress: Told of every pass and step.
 
     Returns:
-        The artifact; its manifest's `training` has the settings and figures.
+        The artifact; its manifest's `training` has the settings and figures, and here, not on the
+        disk, also what this run took: time, memory, and the step that it went on at.
 
     Raises:
         DataError: The examples cannot be read, or cannot be learned from.
@@ -107,15 +113,23 @@ def tune(
         if not first:
             return Artifact(target, {"training": figures})
         progress.stage("publish")
-        files = {FIGURES + METRICS: (run.root / METRICS).read_bytes()}
+        lines = [{k: v for k, v in line.items() if k not in MEASURED} for line in run.metrics]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        files = {FIGURES + METRICS: text.encode()}
         if tuning.plot:
             files[FIGURES + "loss.png"] = draw(run.metrics)
         artifact = write_applied(
             absorb(program, state), target, files=files, overwrite=overwrite, progress=progress,
-            remarks={"training": {"settings": tuning.model_dump(), **figures}},
+            remarks={
+                "training": {
+                    "settings": tuning.model_dump(),
+                    **{name: value for name, value in figures.items() if name not in MEASURED},
+                }
+            },
         )  # fmt: skip
         (run.root / SETTINGS).unlink()  # `working` removes what is not in use
-    return artifact
+    said = {**artifact.manifest["training"], **figures}
+    return Artifact(artifact.path, {**artifact.manifest, "training": said})
 
 
 @dataclass(frozen=True)
@@ -425,4 +439,6 @@ def summary(figures: Mapping[str, Any]) -> str:
     with suppress(KeyError):
         evaluation = figures["evaluation"]
         text += f", on what was held out {evaluation['before']:.3f} → {evaluation['after']:.3f}"
+    if (step := figures["went_on_at_step"]) is not None:
+        text += f"; went on at step {step}"
     return f"{text}; {figures['tokens_per_second']:,.0f} tokens/s, {figures['seconds']:.0f} s"

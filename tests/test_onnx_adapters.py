@@ -33,6 +33,7 @@ from peftc.errors import (
 )  # fmt: skip
 from peftc.exporters.onnx_adapters import check, low_rank, read
 from peftc.exporters.onnx_slots import slots_of
+from peftc.reproducing import reproduce
 
 from .conftest import MakeAdapter, MakeCheckpoint, Run, Tied, auto, with_peft
 from .helpers import copied, edit, refuse
@@ -55,6 +56,13 @@ def fit(base: Path, out: Path, *adapters: Path | tuple[Path, float], **more: Any
     chosen = [(str(path), weight) for path, weight in given_]
     peftc.export(base, out, adapters=chosen, format="onnx-adapter", **more)
     return out / "adapter.onnx_adapter"
+
+
+def test_adapter_for_slots_is_made_again_byte_for_byte(
+    base: Path, checkpoint: MakeCheckpoint, adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    fit(base, tmp_path / "out", (adapter(checkpoint("llama"), r=3), 0.5))
+    assert reproduce(tmp_path / "out") == {"files": 1, "format": "onnx-adapter"}
 
 
 def test_adapters_of_other_ranks_swap_on_one_session(

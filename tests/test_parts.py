@@ -138,3 +138,15 @@ def test_finish_goes_on_when_it_was_killed_between_moving_and_publishing(
 def test_what_is_no_part_is_refused(text: str) -> None:
     with pytest.raises(ArtifactError, match="is no part"):
         Part.parse(text)
+
+
+def test_finish_that_was_killed_behind_its_publication_has_nothing_to_do(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peftc.export_part(target=tmp_path / "out", shards="1/1", **job)
+    with monkeypatch.context() as patch:
+        patch.setattr("peftc.exporters.in_parts.Gathered.remove", lambda _: None)
+        made = peftc.finish(tmp_path / "out")
+    assert left(tmp_path)
+    assert peftc.finish(tmp_path / "out").manifest == made.manifest
+    assert not left(tmp_path)

@@ -93,7 +93,7 @@ def test_two_processes_train_as_one_though_one_was_lost(
     after = Artifact.open(tmp_path / "out")
     assert err.count("wrote") == 1
     assert after.manifest["training"]["processes"] == 2
-    assert after.manifest["training"]["went_on_at_step"] >= 2
+    assert "went on at step" in err
     for key in ("loss", "eval_loss", "tokens"):
         assert figures(after, key) == pytest.approx(figures(alone, key), abs=1e-4), key
     one, two = (load_file(a.path / "adapter/adapter_model.safetensors") for a in (alone, after))

@@ -1,0 +1,1 @@
+"""Kills, interrupts and full disks at random moments of every command that writes."""
