@@ -23,6 +23,7 @@ from blake3 import blake3
 
 from peftc.artifact import Staging
 from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
+from peftc.devices import Piece, device_of, fetched, true_fp32, working_on
 from peftc.early import HeadStart, copy_piece, reserve
 from peftc.errors import CheckpointError
 from peftc.evaluate import (
@@ -94,6 +95,7 @@ def link(
     watch: Watch = lambda key: None,
     progress: Progress = SILENT,
     head: HeadStart | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Writes a program's weight files into a staging directory and seals them.
 
@@ -106,10 +108,12 @@ def link(
         watch: Gives a watcher for a stored tensor, or None.
         progress: Told of every byte written.
         head: What is copied already.
+        device: What computes; `cuda` as well.
 
     Returns:
         What the watchers measured, by stored tensor.
     """
+    where = device_of(device)
     keep_freed_memory()
     workers = workers or len(os.sched_getaffinity(0))
     measured: dict[str, Any] = {}
@@ -122,11 +126,14 @@ def link(
             todo.append(shard)
     with (
         single_threaded(),
+        true_fp32(),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ThreadPoolExecutor(workers) as sealers,
     ):
         try:
-            _run(todo, stage, pool, sealers, workers, watch, progress.advance, measured, head)
+            _run(
+                todo, stage, pool, sealers, workers, watch, progress.advance, measured, head, where
+            )  # fmt: skip
         except BaseException:
             pool.shutdown(cancel_futures=True)
             sealers.shutdown(cancel_futures=True)
@@ -144,6 +151,7 @@ def _run(
     on_bytes: Callable[[int], None],
     measured: dict[str, Any],
     head: HeadStart | None,
+    device: torch.device,
 ) -> None:
     outputs = [_Output(stage.path / shard.name, shard) for shard in todo]
     writing: dict[Future[dict[str, Any]], tuple[_Output, int]] = {}
@@ -155,7 +163,7 @@ def _run(
             sealing[sealers.submit(output.seal)] = output
         for output, number in _order(outputs, workers):
             unit = output.units[number]
-            writing[pool.submit(_write, output, unit, watch, on_bytes)] = output, number
+            writing[pool.submit(_write, output, unit, watch, on_bytes, device)] = output, number
         waiting: set[Future[Any]] = {*writing, *sealing}
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -307,10 +315,14 @@ def _units(entries: tuple[Entry, ...]) -> Iterator[list[Entry]]:
 
 
 def _write(
-    output: _Output, unit: list[Entry], watch: Watch, on_bytes: Callable[[int], None]
+    output: _Output,
+    unit: list[Entry],
+    watch: Watch,
+    on_bytes: Callable[[int], None],
+    device: torch.device,
 ) -> dict[str, Any]:
     measured = {}
-    with _descriptor(output.path, os.O_WRONLY) as out:
+    with _descriptor(output.path, os.O_WRONLY) as out, working_on(device):
         for entry in unit:
             watcher = watch(entry.key)
             if isinstance(entry.constant, Leaf) and watcher is None:
@@ -319,7 +331,7 @@ def _write(
                 on_bytes(done)
                 _copy(ref, done, out, entry.start, on_bytes)
                 continue
-            for low, high, rows in _pieces(entry.constant):
+            for low, high, rows in _pieces(entry.constant, device):
                 data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 offset = entry.start + low * (entry.nbytes // max(1, _length(entry.constant)))
                 _write_all(out, data, offset)
@@ -335,12 +347,15 @@ def _length(constant: Constant) -> int:
     return constant.spec.shape[0] if constant.spec.shape else 1
 
 
-def _pieces(constant: Constant) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _pieces(constant: Constant, device: torch.device) -> Iterator[Piece]:
     """A constant's rows in its own dtype, rounded once, a few at a time."""
     if isinstance(constant, Derived):
-        evaluation = Evaluation(constant.graph, constant.inputs)
-        for low, high in evaluation.spans():
-            yield low, high, evaluation.rows(low, high).to(constant.spec.dtype)
+        evaluation = Evaluation(constant.graph, constant.inputs, device=device)
+        kind = constant.spec.dtype
+        computed = (
+            (low, high, evaluation.rows(low, high).to(kind)) for low, high in evaluation.spans()
+        )
+        yield from fetched(computed) if device.type == "cuda" else computed
     elif isinstance(constant, Leaf):
         for low, high in chunks(constant.spec.shape):
             yield low, high, read(constant, low, high)

@@ -153,7 +153,7 @@ class Adapter:
         return {fqn.removeprefix(own): fqn for fqn in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A stored tensor that is a part of a live one.
 
