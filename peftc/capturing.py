@@ -100,8 +100,11 @@ class CheckpointSource:
         return module
 
     def skeleton(self) -> nn.Module:
-        model: nn.Module = skeleton(self.checkpoint)
-        return model
+        return self._skeleton
+
+    @cached_property
+    def _skeleton(self) -> nn.Module:
+        return skeleton(self.checkpoint)
 
     def layout(self) -> list[OutputFile]:
         groups = parts_of(self.checkpoint.tensors)

@@ -41,6 +41,9 @@ def run_dry(src: str, target: Path, terminal: Terminal, options: Any) -> None:
         f"({computed['bytes'] / 1e9:.2f} GB), the others copied; nothing was written"
     )
     terminal.data(report)
+    if not report["fits"]:
+        terminal.say("[red]✗[/] it does not fit: make room, or write to another disk")
+        raise click.exceptions.Exit(1)
 
 
 @click.command()

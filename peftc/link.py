@@ -54,7 +54,7 @@ class Watcher(Protocol):
 Watch = Callable[[str], Watcher | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of an output file: its stored name, its bytes' place."""
 

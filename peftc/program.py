@@ -58,7 +58,7 @@ class Source(Protocol):
         """The live, unmodified model."""
 
     def skeleton(self) -> nn.Module:
-        """The same on the meta device, its weights unread."""
+        """The same on the meta device, its weights unread; it may be shared, so copy it first."""
 
     def layout(self) -> list[OutputFile]:
         """The weight files to write."""

@@ -38,11 +38,12 @@ def dry_run(
 
     Returns:
         "files" and their "bytes"; how many "tensors" they hold, and of how many and of how many
-        bytes the values are "computed" (the others are copied); the bytes "free" on the disk; what
-        the passes measured, as "journal"; and of a base in 4 bits what "merge" measured.
+        bytes the values are "computed" (the others are copied); the bytes "free" on the disk, and
+        whether it "fits"; what the passes measured, as "journal"; and of a base in 4 bits what
+        "merge" measured.
 
     Raises:
-        PeftcError: As for an export.
+        PeftcError: As for an export, but for a disk that is too small, which is told.
     """
     program, report = prepare(
         source, merge, adapters, merge_base, then, original, force, progress=progress
@@ -51,17 +52,19 @@ def dry_run(
     progress.stage("plan")
     target, shards = Path(target).absolute(), plan(program)
     need = sum(shard.size for shard in shards)
-    raise_all(obstacles(target, need, folders(program), overwrite))
+    raise_all(obstacles(target, 0, folders(program), overwrite))
     entries = [entry for shard in shards for entry in shard.entries]
     computed = [entry for entry in entries if not isinstance(entry.constant, Leaf)]
     anchor = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(anchor).free
     return {
         "path": str(target),
         "files": len(shards),
         "bytes": need,
         "tensors": len(entries),
         "computed": {"tensors": len(computed), "bytes": sum(entry.nbytes for entry in computed)},
-        "free": shutil.disk_usage(anchor).free,
+        "free": free,
+        "fits": need <= free,
         "journal": [vars(entry) for entry in program.journal],
         **({"merge": report} if report else {}),
     }

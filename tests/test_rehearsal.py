@@ -45,13 +45,16 @@ def test_dry_run_refuses_what_an_export_refuses(job: dict[str, Any], tmp_path: P
         peftc.dry_run(target=tmp_path / "new", **{**job, "adapters": [(str(tmp_path), 1.0)]})
 
 
-def test_dry_run_names_the_disk_that_is_too_small(
+def test_dry_run_counts_and_fails_when_the_disk_is_too_small(
     job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ArtifactError, match="the disk has 0.00 GB free"):
-        peftc.dry_run(target=tmp_path / "out", **job)
+    line = ["export", str(job["source"]), "-o", str(tmp_path / "out"), "--merge", "--dry-run"]
+    shown = CliRunner().invoke(cli, [*line, "--adapter", job["adapters"][0][0], "--json"])
+    told = json.loads(shown.stdout)
+    assert shown.exit_code == 1 and told["free"] == 1000 and not told["fits"]
+    assert told["files"] > 1 and not list(tmp_path.iterdir())
 
 
 def test_command_says_what_it_would_write(job: dict[str, Any], tmp_path: Path) -> None:
