@@ -55,7 +55,8 @@ def working_on(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(own):
         yield
 
 
@@ -65,7 +66,7 @@ def fetched(pieces: Iterator[Piece]) -> Iterator[Piece]:
     for low, high, rows in pieces:
         here = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         here.copy_(rows, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         if waiting is not None:
             waiting[1].synchronize()
