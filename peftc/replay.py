@@ -109,7 +109,7 @@ def shortened(model: nn.Module) -> tuple[list[Stack], dict[nn.Parameter, nn.Para
     """
     lists = {n: [*m] for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     stacks = shorten(model, _FIRST, last=True)
-    standing = {}
+    standing: dict[nn.Parameter, nn.Parameter] = {}
     for stack in stacks:
         layers = lists[stack.path]
         for layer, place in zip(layers, stack.stands, strict=True):
@@ -132,11 +132,13 @@ def _listen(meter: Meter, layer: nn.Module, stack: str, place: int, last: bool) 
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (x := _trained((args, kwargs))) is not None and place == 0:
-            x.register_hook(lambda _: meter.mark())
+            x.register_hook(lambda _: meter.mark())  # type: ignore[no-untyped-call]
         meter.mark(stack, False, place)
         out = cls.__call__(self, *args, **kwargs)
         if (y := _trained(out)) is not None:
-            y.register_hook(lambda _: meter.mark(stack, True, place))
+            y.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: meter.mark(stack, True, place)
+            )
         if last:
             meter.mark()
         return out
@@ -158,14 +160,16 @@ def played(spans: Sequence[Span], stacks: Sequence[Stack]) -> list[Span]:
             only some have gradients.
     """
     known = {stack.path: stack for stack in stacks}
-    times = Counter((stack.path, place) for stack in stacks for place in stack.stands)
+    times: Counter[Layer] = Counter(
+        (stack.path, place) for stack in stacks for place in stack.stands
+    )
     whole: list[Span] = []
     seen: set[tuple[str, bool]] = set()
     for (path, backward), group in groupby(spans, lambda span: (span.stack, span.backward)):
         found = list(group)
         if path is None:
             for span in found:
-                more = sum(n * (times[at] - 1) for at, n in span.late.items() if at in times)
+                more = sum(size * (times[at] - 1) for at, size in span.late.items() if times[at])
                 whole.append(replace(span, net=span.net - more))
             continue
         stack, places = known[path], [span.place for span in found]

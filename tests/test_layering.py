@@ -16,8 +16,9 @@ ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
     "errors", "extras", "progress", "safetensors_file", "checkpoint", "ops", "graphs", "constants",
-    "devices", "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "patterns",
-    "targets", "contract", "tuning", "examples", "token_rows", "scoring", "sources", "memory",
+    "devices", "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program",
+    "patterns", "targets", "contract", "tuning", "examples", "token_rows", "scoring", "sources",
+    "memory",
     "curve", "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas",
     "mixing", "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline",
     "capturing", "structure", "constant_layer", "calling", "normal", "repeated", "whole", "pieces",
