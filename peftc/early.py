@@ -125,7 +125,7 @@ class HeadStart:
             out, room = direct.opened(target), memoryview(self._memory)
             try:
                 self._copies[file.path.name] = copy
-                # Not the first, whose header may be another, and none that is not whole.
+                # Not the first, of the header, and none that is not whole.
                 for first, blocks in _runs(set(range(1, file.size // direct.BLOCK)) - changed):
                     place, part = first * direct.BLOCK, room[: blocks * direct.BLOCK]
                     if self._ended.is_set() or not direct.read_into(source.fileno(), part, place):

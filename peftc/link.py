@@ -12,7 +12,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,21 +153,19 @@ def _finish(
 ) -> None:
     """Waits for units and files as they end; seals a file when all that is known of it is there."""
     left = Counter(writing.values())
-    waiting: set[Future[Any]] = {*writing, *sealing}
     digests: dict[str, str] = {}
-    while waiting:
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        for future in done:
-            if future in writing:
-                output = writing[future]
-                output.notes |= future.result()
-                left[output] -= 1
-            else:
-                output = sealing[future]
-                digests[output.shard.name] = future.result()
-            name = output.shard.name
-            if not left[output] and name in digests:
-                stage.seal(name, digests.pop(name), output.notes)
+    futures: list[Future[Any]] = [*writing, *sealing]
+    for future in as_completed(futures):
+        if future in writing:
+            output = writing[future]
+            output.notes |= future.result()
+            left[output] -= 1
+        else:
+            output = sealing[future]
+            digests[output.shard.name] = future.result()
+        name = output.shard.name
+        if not left[output] and name in digests:
+            stage.seal(name, digests.pop(name), output.notes)
 
 
 @dataclass(eq=False)
@@ -191,7 +189,7 @@ def _output(path: Path, shard: Shard, room: Room, head: HeadStart | None) -> _Ou
 
 def _same_blocks(shard: Shard, source: Path, copied: Collection[int]) -> set[int]:
     """Which of the source's blocks that were copied are this file's as well."""
-    same = set(copied)
+    same = set(copied) - set(range(-(-len(shard.header) // direct.BLOCK)))
     for entry in shard.entries:
         ref = entry.constant.ref if isinstance(entry.constant, Leaf) else None
         if ref is None or (ref.file, ref.start) != (source, entry.start):
