@@ -65,7 +65,7 @@ def _plan(
     with terminal.progress() as progress:
         program = load(src, progress)
         tokens = planning.longest(program, data) if data else length or 512
-        if not probe:
+        if not (probe or steps):  # whoever names passes may name one that starts from weights
             program = without_files(program)
         step = Step(length=tokens, **how)
         name = " + ".join(title for title, _ in steps) or ", ".join(program.adapters)

@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.fixture
 def job(checkpoint: MakeCheckpoint, adapter: MakeAdapter) -> dict[str, Any]:
-    base = checkpoint("mixtral", torch.bfloat16, shards=True)
+    base = checkpoint("gpt2", torch.bfloat16, shards=True)
     return {"source": base, "merge": True, "adapters": [(str(adapter(base)), 0.5)]}
 
 
