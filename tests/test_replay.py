@@ -86,7 +86,7 @@ def test_played_step_is_that_of_every_layer(name: str, programs: dict[str, Progr
     assert played.peak == pytest.approx(whole.peak, rel=1e-5)  # of Gemma's 4.6 MB 16 bytes lack
 
 
-@pytest.mark.parametrize("layers", [[4, 5, 6], [2]])
+@pytest.mark.parametrize("layers", [[3, 4], [2]])
 def test_every_layer_is_run_when_alike_ones_differ_in_gradients(
     layers: list[int], programs: dict[str, Program]
 ) -> None:
