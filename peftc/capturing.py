@@ -104,7 +104,8 @@ class CheckpointSource:
 
     @cached_property
     def _skeleton(self) -> nn.Module:
-        return skeleton(self.checkpoint)
+        model: nn.Module = skeleton(self.checkpoint)
+        return model
 
     def layout(self) -> list[OutputFile]:
         groups = parts_of(self.checkpoint.tensors)

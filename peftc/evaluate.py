@@ -331,7 +331,7 @@ class Evaluation:
         constant = self.constants[name]
         if isinstance(constant, Leaf):
             if rows is None or self.device != CPU:
-                return wide(read(constant, *(rows or ()), device=self.device))
+                return wide(read(constant, *(rows or (0, None)), self.device))
             return recent(constant, *rows)
         if isinstance(constant, Derived):
             inner = self._inner(name, constant)
