@@ -331,7 +331,8 @@ class Evaluation:
         constant = self.constants[name]
         if isinstance(constant, Leaf):
             if rows is None or self.device != CPU:
-                return wide(read(constant, *(rows or (0, None)), self.device))
+                low, high = rows or (0, None)
+                return wide(read(constant, low, high, self.device))
             return recent(constant, *rows)
         if isinstance(constant, Derived):
             inner = self._inner(name, constant)
