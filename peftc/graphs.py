@@ -318,11 +318,11 @@ def _pointwise_spec(a: Spec | float, b: Spec | float) -> Spec | None:
 
 
 def _cat_spec(parts: Sequence[Spec], dim: int = 0) -> Spec | None:
-    first, *rest = parts
-    inner = first.shape[1:]
-    if dim or not first.shape or any((p.shape[1:], p.dtype) != (inner, first.dtype) for p in rest):
+    kinds = {(len(part.shape), part.shape[1:], part.dtype) for part in parts}
+    if dim != 0 or len(kinds) != 1 or not parts[0].shape:
         return None
-    return Spec((sum(part.shape[0] for part in parts), *inner), first.dtype)
+    rows = sum(part.shape[0] for part in parts)
+    return Spec((rows, *parts[0].shape[1:]), parts[0].dtype)
 
 
 def _stack_spec(parts: Sequence[Spec], dim: int = 0) -> Spec | None:
