@@ -38,7 +38,7 @@ def test_rule_gives_torch_s_shape_and_dtype_or_leaves_it_to_torch(data: st.DataO
     found = _RULES[op](*args)
     try:
         wanted = _by_meta(op, args)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         assert found is None, f"{op} accepts {args}"
         return
     assert found in (None, wanted)
