@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from heapq import heapreplace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,14 @@ class Part:
 
     def share(self, shards: Sequence[Shard]) -> list[Shard]:
         """Its files: the largest go first, each to the part that has least so far."""
-        loads: list[list[Shard]] = [[] for _ in range(self.of)]
+        own: list[Shard] = []
+        loads = [(0, number) for number in range(1, self.of + 1)]
         for shard in sorted(shards, key=lambda shard: (-shard.size, shard.name)):
-            min(loads, key=lambda load: sum(s.size for s in load)).append(shard)
-        return loads[self.number - 1]
+            load, number = loads[0]
+            heapreplace(loads, (load + shard.size, number))
+            if number == self.number:
+                own.append(shard)
+        return own
 
 
 def write_part(
@@ -71,6 +76,7 @@ def write_part(
     proof: Extent = "auto",
     workers: int | None = None,
     progress: Progress = SILENT,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Writes and seals a part's files; one that was interrupted goes on.
 
@@ -83,6 +89,7 @@ def write_part(
         proof: Of the whole export.
         workers: Threads that compute; default: one per core.
         progress: Told of every byte written.
+        device: What computes; may differ from part to part.
 
     Returns:
         The part's directory, its files and their bytes.
@@ -102,7 +109,7 @@ def write_part(
         progress.stage("link", need)
         link(
             program, stage, shards=shards, workers=workers, watch=watcher(program),
-            progress=progress,
+            progress=progress, device=device,
         )  # fmt: skip
         refuse_changes(program)
         done = {"key": key, "overwrite": overwrite, "proof": proof, "arguments": arguments}

@@ -9,6 +9,7 @@ from typing import Any
 from peftc.artifact import SCHEMA, Artifact, Staging, digest, key_of, staging, versions
 from peftc.checkpoint import INDEX
 from peftc.constants import Constant, Derived, Leaf
+from peftc.devices import device_of
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
 from peftc.link import Shard, link, plan
@@ -29,6 +30,7 @@ def to_safetensors(
     progress: Progress = SILENT,
     remarks: Mapping[str, Any] | None = None,
     head: HeadStart | None = None,
+    device: str = "cpu",
 ) -> Artifact:
     """Writes, proves and publishes a program's checkpoint.
 
@@ -42,13 +44,16 @@ def to_safetensors(
         progress: Told of the stages link, prove and publish, and of every byte written.
         remarks: What else the manifest is to say.
         head: What was copied before the program was known.
+        device: What computes the weights: `cpu`, or `cuda`, in fp32 as well.
 
     Raises:
+        PeftcError: There is no such device.
         ArtifactError: The target cannot be written, or the program still carries adapters.
         CheckpointError: A source file changed while it was read.
         ProofError: The written weights are not equal to what they came from.
     """
     refuse_adapters(program, target)
+    device_of(device)
     target = Path(target)
     need = sum(shard.size for shard in plan(program))
     key = key_for(program, proof)
@@ -57,7 +62,9 @@ def to_safetensors(
         target, key=key, need=need, sources=folders(program), overwrite=overwrite, claim=claim
     ) as stage:
         progress.stage("link", need)
-        measured = write_model(program, stage, workers=workers, progress=progress, head=head)
+        measured = write_model(
+            program, stage, workers=workers, progress=progress, head=head, device=device
+        )
         progress.stage("prove")
         proved = {"site": site_proof(program, measured)}
         if wants_whole(program, proof):
@@ -112,6 +119,7 @@ def write_model(
     progress: Progress = SILENT,
     head: HeadStart | None = None,
     shards: list[Shard] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
     kept = {name: path.read_bytes() for name, path in program.source.companions().items()}
@@ -120,7 +128,7 @@ def write_model(
             stage.add(folder + name, content)
     measured = link(
         program, stage, folder, shards=shards, workers=workers, watch=watcher(program),
-        progress=progress, head=head,
+        progress=progress, head=head, device=device,
     )  # fmt: skip
     refuse_changes(program)  # before a proof fails that they explain
     return measured

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from peftc.ranks_view import plot_ranks
     from peftc.rates import optimizer_groups
     from peftc.recipe import Recipe
+    from peftc.rehearsal import dry_run
     from peftc.schedules import schedule
     from peftc.switching import Adapters
     from peftc.training import tune
@@ -78,6 +79,7 @@ _HOMES = {
     "ranks_view": ("plot_ranks",),
     "rates": ("optimizer_groups",),
     "recipe": ("Recipe",),
+    "rehearsal": ("dry_run",),
     "schedules": ("schedule",),
     "switching": ("Adapters",),
     "training": ("tune",),
@@ -91,10 +93,10 @@ __all__ = [
     "Adapters", "Artifact", "Attach", "Combine", "ConstantCache", "Effect", "Evaluation", "Fold",
     "Lora", "Merge", "Method", "Pass", "PassResult", "PeftcError", "Pipeline", "Program", "Recipe",
     "Scores", "SiteAnalysis", "Tuning", "Unmerge", "absorb", "analyse", "apply", "callback",
-    "capture", "export", "export_part", "finish", "load", "load_compile_cache", "materialize",
-    "optimizer_groups", "plot_ranks", "restore_base", "save_compile_cache", "schedule", "score",
-    "to_adapterhub", "to_cache", "to_onnx", "to_onnx_adapter", "to_peft", "to_pt2",
-    "to_safetensors", "together", "tune", "verify",
+    "capture", "dry_run", "export", "export_part", "finish", "load", "load_compile_cache",
+    "materialize", "optimizer_groups", "plot_ranks", "restore_base", "save_compile_cache",
+    "schedule", "score", "to_adapterhub", "to_cache", "to_onnx", "to_onnx_adapter", "to_peft",
+    "to_pt2", "to_safetensors", "together", "tune", "verify",
 ]  # fmt: skip
 
 

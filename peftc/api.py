@@ -12,6 +12,7 @@ from peftc.capturing import capture, capture_config
 from peftc.checkpoint import Checkpoint, read_json, resolve
 from peftc.contract import Pass, safe_name
 from peftc.deltas import alone
+from peftc.devices import device_of
 from peftc.early import HeadStart
 from peftc.errors import (
     ArtifactError,
@@ -338,6 +339,7 @@ def export(
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
+    device: str = "cpu",
     progress: Progress = SILENT,
     head: HeadStart | None = None,
     **options: Any,
@@ -363,6 +365,7 @@ def export(
         proof: See `to_safetensors`.
         overwrite: Replace an artifact that peftc wrote.
         workers: Threads that compute; default: one per core.
+        device: What computes the weights that are written to safetensors: `cpu` or `cuda`.
         progress: Told of every pass, stage and byte.
         head: What the caller began to copy before it imported this, with the same arguments.
         options: Of the format. `onnx` and `pt2`: swap=True leaves slots for adapters, and writes
@@ -379,6 +382,13 @@ def export(
     if format not in FORMATS:
         raise ArtifactError(
             f"there is no format {format!r}", where=str(target), fix=did_you_mean(format, FORMATS)
+        )
+    device_of(device)
+    if device != "cpu" and format != "safetensors":
+        raise ArtifactError(
+            f"device={device!r} is for the format safetensors",
+            where=str(target),
+            fix="leave it out",
         )
     options = {name: value for name, value in options.items() if value not in (None, False)}
     if wrong := misplaced(format, options):
@@ -426,7 +436,7 @@ def export(
         return to_pt2(program, target, proof=proof, **how, **options)
     if format == "onnx":
         return to_onnx(program, target, proof=proof, **how, **options)
-    return to_safetensors(program, target, proof=proof, head=head, **how)
+    return to_safetensors(program, target, proof=proof, head=head, device=device, **how)
 
 
 def _attaching(

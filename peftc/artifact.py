@@ -103,8 +103,8 @@ class Staging:
         files = {name: vars(self.files[name]) for name in names}
         text = json.dumps({**manifest, "files": files}, indent=2) + "\n"
         self.add(MANIFEST, text.encode())
-        for folder in {self.path, *(self.path / name for name in files)}:
-            fsync_folder(folder if folder.is_dir() else folder.parent)
+        for folder in {self.path, *((self.path / name).parent for name in files)}:
+            fsync_folder(folder)
         raise_all(occupied(self.target, self.overwrite))
         previous = _previous(self.target)
         with later():

@@ -6,13 +6,13 @@ import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from peftc import graphs
 from peftc.attention import Attention, find
@@ -100,6 +100,10 @@ class CheckpointSource:
         return module
 
     def skeleton(self) -> nn.Module:
+        return self._skeleton
+
+    @cached_property
+    def _skeleton(self) -> nn.Module:
         model: nn.Module = skeleton(self.checkpoint)
         return model
 
@@ -247,6 +251,30 @@ def capture_config(path: str | Path) -> Program:
     return _program(source, outline, constants, stored)
 
 
+def without_files(program: Program) -> Program:
+    """The program with shapes and dtypes in the place of what lies in files.
+
+    It takes little memory, whatever the checkpoint's size. Nothing that reads a weight runs on it;
+    4-bit weights and programs of live modules stay as they are.
+    """
+    source = program.source
+    if not isinstance(source, CheckpointSource) or program.packed:
+        return program
+    empty = {
+        fqn: Held(torch.empty(c.spec.shape, dtype=c.spec.dtype, device="meta"))
+        for fqn, c in program.constants.items()
+    }
+    constants = empty | {tied: empty[owner] for tied, owner in program.aliases.items()}
+    return replace(
+        program,
+        source=replace(source, checkpoint=replace(source.checkpoint, files=())),
+        constants=constants,
+        captured={f: constants[f] for f in program.captured if not program.touched(f)},
+        stored={fqn: fqn for fqn in program.stored.values()},
+        parts={},
+    )
+
+
 def _check_quantization(checkpoint: Checkpoint) -> None:
     config = checkpoint.config.get("quantization_config")
     if not isinstance(config, dict):
@@ -359,15 +387,21 @@ def _capture_module(module: nn.Module) -> Program:
 
 def _fused(matrices: list[list[Constant]], stacked: bool) -> Constant:
     """What transformers makes of an expert's, or a packed layer's, parts when it loads them."""
-    build, inputs = Builder(), dict[str, Constant]()
-    nodes = []
-    for index, leaves in enumerate(matrices):
-        names = [f"part_{index}_{number}" for number in range(len(leaves))]
-        inputs |= zip(names, leaves, strict=True)
-        pieces = [build.const(name) for name in names]
-        nodes.append(pieces[0] if len(pieces) == 1 else build.op(aten.cat.default, pieces, 0))
+    graph = _fusion(tuple(map(len, matrices)), stacked)
+    leaves = [leaf for parts in matrices for leaf in parts]
+    inputs = dict(zip(graphs.constant_names(graph), leaves, strict=True))
+    return derive(graph, inputs, leaves[0].spec.dtype)
+
+
+@cache
+def _fusion(counts: tuple[int, ...], stacked: bool) -> fx.Graph:
+    """The graph of matrices of so many parts each, once for all layers."""
+    build, nodes = Builder(), []
+    for index, count in enumerate(counts):
+        pieces = [build.const(f"part_{index}_{number}") for number in range(count)]
+        nodes.append(pieces[0] if count == 1 else build.op(aten.cat.default, pieces, 0))
     build.graph.output(build.op(aten.stack.default, nodes, 0) if stacked else nodes[0])
-    return derive(build.graph, inputs, matrices[0][0].spec.dtype)
+    return graphs.intern(build.graph)
 
 
 def _program(

@@ -17,7 +17,7 @@ from peftc.cli_options import common as _common
 from peftc.cli_options import needed as _needed
 from peftc.cli_options import of_formats as _of_formats
 from peftc.cli_options import output as _output
-from peftc.cli_parts import finish, run_part
+from peftc.cli_parts import finish, run_dry, run_part
 from peftc.cli_plan import plan
 from peftc.cli_run import bench, run
 from peftc.cli_tune import evaluate, tune
@@ -135,9 +135,11 @@ def _apply(
     help="Compare each rewritten layer (sites), the logits too (whole), or that if small (auto).",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Threads; default: one per core.")
+@click.option("--device", default="cpu", show_default=True, help="What computes: cpu or cuda.")
 @click.option(
     "--shards", metavar="I/N", help="Write only this part of the files; `peftc finish` publishes."
 )
+@click.option("--dry-run", is_flag=True, help="Check and count everything, and write nothing.")
 @_common
 def export(
     src: str,
@@ -152,7 +154,9 @@ def export(
     form: Any,
     proof: Any,
     workers: int | None,
+    device: str,
     shards: str | None,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -172,14 +176,19 @@ def export(
     if (merge_base or then or original) and not merge:
         raise click.UsageError("--merge-base, --then and --original need --merge.")
     asked = asked_of(form, options)
-    if shards is not None and form != "safetensors":
-        raise click.UsageError("--shards is for --format safetensors.")
+    alone = {"--shards": shards is not None, "--dry-run": dry_run, "--device": device != "cpu"}
+    for name, wanted in alone.items():
+        if wanted and form != "safetensors":
+            raise click.UsageError(f"{name} is for --format safetensors.")
     target, chosen, terminal = _needed(target), adapters(given), Terminal(as_json, quiet)
     job = {
         "merge": merge, "adapters": chosen, "merge_base": merge_base, "then": then,
-        "original": original, "force": force, "proof": proof, "overwrite": overwrite,
-        "workers": workers,
+        "original": original, "force": force, "overwrite": overwrite,
     }  # fmt: skip
+    if dry_run:
+        run_dry(src, target, terminal, job)
+        return
+    job |= {"proof": proof, "workers": workers, "device": device}
     if shards is not None:
         run_part(src, target, shards, terminal, job)
         return

@@ -59,11 +59,14 @@ def _plan(
     terminal = Terminal(as_json, quiet)
     from peftc import planning
     from peftc.api import load
+    from peftc.capturing import without_files
     from peftc.footprint import Step
 
     with terminal.progress() as progress:
         program = load(src, progress)
         tokens = planning.longest(program, data) if data else length or 512
+        if not (probe or steps):  # whoever names passes may name one that starts from weights
+            program = without_files(program)
         step = Step(length=tokens, **how)
         name = " + ".join(title for title, _ in steps) or ", ".join(program.adapters)
         methods = {name: steps} if name else planning.METHODS

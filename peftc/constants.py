@@ -36,13 +36,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Distribution = Literal["zeros", "full", "values", "kaiming_uniform", "gaussian", "stream"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # of which large mixtures have a hundred thousand
 class Leaf:
     """A tensor that lies in a file."""
 
     ref: TensorRef
 
-    @cached_property
+    @property
     def spec(self) -> Spec:
         if self.ref.dtype not in DTYPES:
             raise CheckpointError(
@@ -50,12 +50,18 @@ class Leaf:
                 where=str(self.ref.file),
                 fix="convert the checkpoint to a dtype that torch has",
             )
-        return Spec(self.ref.shape, DTYPES[self.ref.dtype])
+        return _spec(self.ref.shape, self.ref.dtype)
 
     @property
     def key(self) -> str:
         """What the value depends on, as text."""
         return f"leaf {self.ref.file} {self.ref.start} {self.ref.dtype} {self.ref.shape}"
+
+
+@lru_cache(maxsize=4096)
+def _spec(shape: tuple[int, ...], dtype: str) -> Spec:
+    """One for all tensors that are alike."""
+    return Spec(shape, DTYPES[dtype])
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +146,7 @@ class Derived:
     @cached_property
     def key(self) -> str:
         inputs = " ".join(f"{name}=({self.inputs[name].key})" for name in sorted(self.inputs))
-        return f"derived {graphs.text(self.graph)} {self.spec} {inputs}"
+        return _short("derived", f"{graphs.text(self.graph)} {self.spec} {inputs}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +164,12 @@ class Packed(Derived):
     @cached_property
     def key(self) -> str:
         parts = " ".join(f"{suffix}=({part.key})" for suffix, part in self.parts.items())
-        return f"packed {graphs.text(self.graph)} {self.spec} {parts}"
+        return _short("packed", f"{graphs.text(self.graph)} {self.spec} {parts}")
+
+
+def _short(kind: str, text: str) -> str:
+    """A key that does not grow with all that a constant is made of."""
+    return f"{kind} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 Constant = Leaf | Held | Initial | Derived

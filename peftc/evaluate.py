@@ -21,6 +21,7 @@ from torch import fx
 
 from peftc import flat, graphs, ops  # noqa: F401  # registers the peftc:: operators
 from peftc.constants import Constant, Derived, Held, Initial, Leaf, widened
+from peftc.devices import CPU
 from peftc.graphs import Spec, aten
 from peftc.reading import read, recent, wide
 
@@ -106,6 +107,7 @@ class Evaluation:
         graph: An interned graph.
         constants: What its `get_attr` nodes name.
         inputs: The value of each placeholder, fp32 or integer, such as x of shape (samples, in).
+        device: Where it is computed; the inputs are there.
     """
 
     def __init__(
@@ -113,9 +115,10 @@ class Evaluation:
         graph: fx.Graph,
         constants: Mapping[str, Constant],
         inputs: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.graph, self.inputs = graph, inputs or {}
-        self.constants = constants
+        self.constants, self.device = constants, device
         shapes = {n: widened(constants[n].spec) for n in _names(graph)}
         given = {name: Spec(tuple(t.shape), t.dtype) for name, t in self.inputs.items()}
         self.plan = _plan(graph, tuple(sorted(shapes.items())), tuple(sorted(given.items())))
@@ -199,7 +202,7 @@ class Evaluation:
         width = math.prod(self.plan.specs[node].shape[1:])
         first, last = start // width, -(-end // width)
         leaf = self.constants[str(node.target)] if node.op == "get_attr" else None
-        whole = read(leaf, first, last) if isinstance(leaf, Leaf) else None
+        whole = read(leaf, first, last, self.device) if isinstance(leaf, Leaf) else None
         rows = (self._slice(node, {}, first, last) if whole is None else whole).reshape(-1)
         return rows[start - first * width : end - first * width]
 
@@ -249,7 +252,7 @@ class Evaluation:
         table = node.args[0]
         assert isinstance(table, fx.Node)
         shape = self.plan.specs[table].shape
-        total = torch.zeros(1, *shape[1:], dtype=torch.float64)
+        total = torch.zeros(1, *shape[1:], dtype=torch.float64, device=self.device)
         for low, high in chunks(shape):
             total += self._slice(table, {}, low, high).sum(0, keepdim=True, dtype=torch.float64)
         return (total / shape[0]).float()
@@ -324,18 +327,22 @@ class Evaluation:
     def _inner(self, name: str, constant: Derived) -> Evaluation:
         """The evaluation of a constant that is derived."""
         if name not in self._nested:
-            self._nested[name] = Evaluation(constant.graph, constant.inputs)
+            self._nested[name] = Evaluation(constant.graph, constant.inputs, device=self.device)
         return self._nested[name]
 
     def _constant(self, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
         constant = self.constants[name]
         if isinstance(constant, Leaf):
-            return wide(read(constant)) if rows is None else recent(constant, *rows)
+            if rows is None or self.device != CPU:
+                low, high = rows or (0, None)
+                return wide(read(constant, low, high, self.device))
+            return recent(constant, *rows)
         if isinstance(constant, Derived):
             inner = self._inner(name, constant)
             return inner.whole() if rows is None else inner.rows(*rows)
         tensor = constant.sample() if isinstance(constant, Initial) else constant.tensor.detach()
-        return wide(tensor if rows is None or not tensor.dim() else tensor[rows[0] : rows[1]])
+        part = tensor if rows is None or not tensor.dim() else tensor[rows[0] : rows[1]]
+        return wide(part.to(self.device))
 
 
 class _Plan:

@@ -8,7 +8,6 @@ it holds for any architecture and any method, and there is no formula that could
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peftc.errors import CaptureError, PeftcError, did_you_mean
 from peftc.live import hollow
 from peftc.program import Program
+from peftc.replay import Meter, listen, peak, played, shortened
 from peftc.roles import example_inputs, takes
 from peftc.schedules import schedule
 
@@ -106,12 +104,13 @@ def footprint(program: Program, step: Step) -> Footprint:
             fix=f"plan for at most {program.context}",
         )
     try:
-        mode = FakeTensorMode()
-        model = hollow(program, mode, DTYPES[step.dtype] if step.dtype else None)
-        with mode:
-            return _measured(program, model, step)
+        return _measured(program, step, short=True)
     except PeftcError:
         raise
+    except Exception:  # of which layers seemed alike and are not, or any model code's
+        pass
+    try:
+        return _measured(program, step, short=False)
     except Exception as error:  # any model code may need values
         raise CaptureError(
             f"a step cannot be run on tensors without data: {error}",
@@ -120,37 +119,46 @@ def footprint(program: Program, step: Step) -> Footprint:
         ) from error
 
 
-def _measured(program: Program, model: nn.Module, step: Step) -> Footprint:
+def _measured(program: Program, step: Step, short: bool) -> Footprint:
+    mode = FakeTensorMode()
+    model = hollow(program, mode, DTYPES[step.dtype] if step.dtype else None)
     tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
     trained = [p for p in model.parameters() if p.requires_grad]
     if step.checkpointing:
         checkpoint(model)
-    inputs = batch_of(model, step)
-    meter = Meter()
-    for tensor in (*tensors, *inputs.values()):
-        meter.watch(tensor)
     kind = PRECISIONS[step.precision] if step.precision else None
     mixed = torch.autocast("cpu", kind) if kind else nullcontext()
-    with meter:
-        extra = schedule(program, model, _ANY_LENGTH)
-        kept = meter.live
-        with mixed:
-            loss = loss_of(model.train(), inputs)
-        activations = meter.live - kept
-        added = extra.loss(model)
-        torch.autograd.backward(loss if added is None else loss + added)
+    meter = Meter()
+    with mode:
+        inputs = batch_of(model, step)
+        for tensor in (*tensors, *inputs.values()):
+            meter.watch(tensor)
+        with meter:
+            extra = schedule(program, model, _ANY_LENGTH)
+            kept = meter.live
+            stacks, standing = shortened(model) if short else ([], {})
+            listen(meter, model, stacks)
+            meter.mark()
+            with mixed:
+                loss = loss_of(model.train(), inputs)
+            meter.mark()
+            forward = len(meter.spans)
+            added = extra.loss(model)
+            torch.autograd.backward(loss if added is None else loss + added)
+            meter.mark()
     states = optimizer_bytes(step.optimizer, trained)
     stored = dict.fromkeys(program.stored.values())
-    gradients = sum(_bytes(p.grad) for p in trained if p.grad is not None)
+    gradients = sum(_bytes(p) for p in trained if standing.get(p, p).grad is not None)
     weights = sum(map(_bytes, tensors))
+    most = peak(played(meter.spans, stacks))
     return Footprint(
         parameters=sum(math.prod(program.constants[fqn].spec.shape) for fqn in stored),
         trainable=sum(p.numel() for p in trained),
         weights=weights,
         gradients=gradients,
         optimizer=states + kept,
-        activations=activations,
-        peak=weights + states + max(meter.peak, gradients + kept),
+        activations=sum(span.net for span in played(meter.spans[:forward], stacks)) - kept,
+        peak=weights + states + max(most, gradients + kept),
     )
 
 
@@ -226,43 +234,3 @@ def loss_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
         loss = first.float().mean()
     assert isinstance(loss, torch.Tensor)
     return loss
-
-
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that operators make, as long as they live.
-
-    Attributes:
-        live: Bytes that live now.
-        peak: The most that did at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def watch(self, tensor: torch.Tensor) -> None:
-        """Leaves a tensor out that was there before."""
-        self._known.add(tensor.untyped_storage())
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Runs an operator, and counts what it made."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.live -= size

@@ -9,7 +9,7 @@ all sites that share it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -157,6 +157,8 @@ def intern(graph: fx.Graph) -> fx.Graph:
     Raises:
         PassError: A node carries keyword arguments, which the vocabulary does not have.
     """
+    if graph in _texts:
+        return graph
     for node in graph.nodes:
         if node.kwargs:
             raise PassError(
@@ -315,6 +317,19 @@ def _pointwise_spec(a: Spec | float, b: Spec | float) -> Spec | None:
         return None
 
 
+def _cat_spec(parts: Sequence[Spec], dim: int = 0) -> Spec | None:
+    kinds = {(len(part.shape), part.shape[1:], part.dtype) for part in parts}
+    if dim != 0 or len(kinds) != 1 or not parts[0].shape:
+        return None
+    rows = sum(part.shape[0] for part in parts)
+    return Spec((rows, *parts[0].shape[1:]), parts[0].dtype)
+
+
+def _stack_spec(parts: Sequence[Spec], dim: int = 0) -> Spec | None:
+    alike = dim == 0 and len({*parts}) == 1
+    return Spec((len(parts), *parts[0].shape), parts[0].dtype) if alike else None
+
+
 # The vocabulary's commonest operators, where operands are as they should be; torch judges the rest.
 _RULES: dict[Any, Callable[..., Spec | None]] = {
     aten.linear.default: _linear_spec,
@@ -324,6 +339,8 @@ _RULES: dict[Any, Callable[..., Spec | None]] = {
     aten.sub.Tensor: _pointwise_spec,
     aten.mul.Tensor: _pointwise_spec,
     aten.type_as.default: lambda a, b: Spec(a.shape, b.dtype),
+    aten.cat.default: _cat_spec,
+    aten.stack.default: _stack_spec,
 }
 # Of operators that kernels register, by name.
 _NAMED_RULES: dict[str, Callable[..., Spec | None]] = {

@@ -23,6 +23,7 @@ from peftc import direct
 from peftc.artifact import Staging
 from peftc.blocks import BlockFile, Room
 from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
+from peftc.devices import Piece, device_of, fetched, start_worker, true_fp32
 from peftc.early import HeadStart
 from peftc.errors import CheckpointError
 from peftc.evaluate import (
@@ -51,7 +52,7 @@ class Watcher(Protocol):
 Watch = Callable[[str], Watcher | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of an output file: its stored name, its bytes' place."""
 
@@ -92,6 +93,7 @@ def link(
     watch: Watch = lambda key: None,
     progress: Progress = SILENT,
     head: HeadStart | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Writes a program's weight files into a staging directory and seals them.
 
@@ -104,10 +106,12 @@ def link(
         watch: Gives a watcher for a stored tensor, or None.
         progress: Told of every byte written.
         head: What is copied already.
+        device: What computes; `cuda` as well.
 
     Returns:
         What the watchers measured, by stored tensor.
     """
+    where = device_of(device)
     keep_freed_memory()
     workers = workers or len(os.sched_getaffinity(0))
     measured: dict[str, Any] = {}
@@ -120,7 +124,8 @@ def link(
             todo.append(shard)
     with (
         single_threaded(),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        true_fp32(),
+        ThreadPoolExecutor(workers, initializer=start_worker, initargs=(where,)) as pool,
         ThreadPoolExecutor(workers) as sealers,
         ThreadPoolExecutor(2 * workers) as writers,
     ):
@@ -129,7 +134,7 @@ def link(
             outputs = [_output(stage.path / shard.name, shard, room, head) for shard in todo]
             sealing = {sealers.submit(output.file.seal, writers): output for output in outputs}
             writing = {
-                pool.submit(_write, output, number, watch, progress.advance): output
+                pool.submit(_write, output, number, where, watch, progress.advance): output
                 for output, number in _order(outputs, workers)
             }
             _finish(sealing, writing, stage)
@@ -265,7 +270,11 @@ def _units(entries: tuple[Entry, ...]) -> Iterator[list[Entry]]:
 
 
 def _write(
-    output: _Output, number: int, watch: Watch, on_bytes: Callable[[int], None]
+    output: _Output,
+    number: int,
+    device: torch.device,
+    watch: Watch,
+    on_bytes: Callable[[int], None],
 ) -> dict[str, Any]:
     measured = {}
     if number == 0:
@@ -279,7 +288,7 @@ def _write(
             _copy(entry.constant.ref, output.file, entry.start, on_bytes)
             continue
         offset = entry.start
-        for low, high, rows in _pieces(entry.constant):
+        for low, high, rows in _pieces(entry.constant, device):
             data = rows.contiguous().reshape(-1).view(torch.uint8)
             for place in output.file.places(offset, len(data)):
                 torch.frombuffer(place, dtype=torch.uint8).copy_(data[: len(place)])
@@ -297,12 +306,15 @@ def _length(constant: Constant) -> int:
     return constant.spec.shape[0] if constant.spec.shape else 1
 
 
-def _pieces(constant: Constant) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _pieces(constant: Constant, device: torch.device) -> Iterator[Piece]:
     """A constant's rows in its own dtype, rounded once, a few at a time."""
     if isinstance(constant, Derived):
-        evaluation = Evaluation(constant.graph, constant.inputs)
-        for low, high in evaluation.spans():
-            yield low, high, evaluation.rows(low, high).to(constant.spec.dtype)
+        evaluation = Evaluation(constant.graph, constant.inputs, device=device)
+        kind = constant.spec.dtype
+        computed = (
+            (low, high, evaluation.rows(low, high).to(kind)) for low, high in evaluation.spans()
+        )
+        yield from fetched(computed) if device.type == "cuda" else computed
     elif isinstance(constant, Leaf):
         for low, high in chunks(constant.spec.shape):
             yield low, high, read(constant, low, high)

@@ -340,7 +340,14 @@ def place(root: nn.Module, path: str, item: nn.Module | torch.Tensor) -> None:
 
 
 def _slim(graph: fx.Graph, specs: Mapping[str, Spec], x: Mapping[str, Spec]) -> fx.Graph:
-    """The graph without casts that do nothing for these dtypes."""
+    """The graph without casts that do nothing for these dtypes, worked out once for alike sites."""
+    key = graph, tuple(sorted(specs.items())), tuple(sorted(x.items()))
+    if key not in _slimmed:
+        _slimmed[key] = _without_casts(graph, specs, x)
+    return _slimmed[key]
+
+
+def _without_casts(graph: fx.Graph, specs: Mapping[str, Spec], x: Mapping[str, Spec]) -> fx.Graph:
     known = graphs.propagate(graph, specs, x)
     slim, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
@@ -352,6 +359,7 @@ def _slim(graph: fx.Graph, specs: Mapping[str, Spec], x: Mapping[str, Spec]) -> 
     return graphs.intern(slim)
 
 
+_slimmed: dict[Any, fx.Graph] = {}
 _classes: dict[fx.Graph, type[LiveSite]] = {}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from peftc.api import prepare
 from peftc.artifact import Artifact
+from peftc.devices import device_of
 from peftc.errors import CheckpointError
 from peftc.exporters.in_parts import Part, gathered, published, write_part
 from peftc.exporters.to_safetensors import key_for, to_safetensors
@@ -30,6 +31,7 @@ def export_part(
     proof: Extent = "auto",
     overwrite: bool = False,
     workers: int | None = None,
+    device: str = "cpu",
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Writes a share of an export's files beside the target; `finish` publishes all of them.
@@ -44,6 +46,7 @@ def export_part(
         PeftcError: As for an export.
     """
     part = Part.parse(shards)
+    device_of(device)
     arguments: dict[str, Any] = {
         "source": _absolute(source),
         "merge": merge,
@@ -56,7 +59,7 @@ def export_part(
     program, _ = prepare(**arguments, progress=progress)
     return write_part(
         program, target, part, arguments, overwrite=overwrite, proof=proof, workers=workers,
-        progress=progress,
+        progress=progress, device=device,
     )  # fmt: skip
 
 

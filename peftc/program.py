@@ -58,7 +58,7 @@ class Source(Protocol):
         """The live, unmodified model."""
 
     def skeleton(self) -> nn.Module:
-        """The same on the meta device, its weights unread."""
+        """The same on the meta device, its weights unread; it may be shared, so copy it first."""
 
     def layout(self) -> list[OutputFile]:
         """The weight files to write."""
@@ -153,7 +153,7 @@ class Adapter:
         return {fqn.removeprefix(own): fqn for fqn in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A stored tensor that is a part of a live one.
 

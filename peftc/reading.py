@@ -10,19 +10,25 @@ from pathlib import Path
 import torch
 
 from peftc.constants import Leaf
+from peftc.devices import CPU
 from peftc.errors import CheckpointError
 from peftc.safetensors_file import TensorRef
 
 
-def read(leaf: Leaf, low: int = 0, high: int | None = None) -> torch.Tensor:
-    """Rows low to high of a leaf, in its own dtype."""
+def read(
+    leaf: Leaf, low: int = 0, high: int | None = None, device: torch.device = CPU
+) -> torch.Tensor:
+    """Rows low to high of a leaf, in its own dtype, on a device."""
+    pinned = device.type == "cuda"
     shape, ref = leaf.spec.shape, leaf.ref
     if not shape:
-        return _read_bytes(ref.file, ref.start, ref.nbytes).view(leaf.spec.dtype).reshape(())
+        raw = _read_bytes(ref.file, ref.start, ref.nbytes, pinned)
+        return raw.view(leaf.spec.dtype).reshape(()).to(device)
     high = shape[0] if high is None else high
     row = ref.nbytes // max(1, shape[0])
-    raw = _read_bytes(ref.file, ref.start + low * row, (high - low) * row)
-    return raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
+    raw = _read_bytes(ref.file, ref.start + low * row, (high - low) * row, pinned)
+    rows = raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
+    return rows.to(device, non_blocking=True)
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,8 +75,8 @@ def _open(path: Path, inode: int, size: int) -> _OpenFile:
     return _OpenFile(path)
 
 
-def _read_bytes(path: Path, start: int, count: int) -> torch.Tensor:
-    raw = torch.empty(count, dtype=torch.uint8)
+def _read_bytes(path: Path, start: int, count: int, pinned: bool) -> torch.Tensor:
+    raw = torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
     view = raw.numpy().data
     done = 0
     try:

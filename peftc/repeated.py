@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.calling import Port
 from peftc.normal import owner
@@ -36,24 +37,30 @@ class Stack:
         path: Its name in the model.
         kept: The numbers of the layers that are there still.
         stands: For each layer of the whole model, the place in `kept` of what stands for it.
-        pairs: Places in `kept` of layers of the same kind.
+        alike: Of each kind of which some are gone, the places in `kept` of the others.
     """
 
     path: str
     kept: tuple[int, ...]
     stands: tuple[int, ...]
-    pairs: tuple[tuple[int, int], ...]
+    alike: tuple[tuple[int, ...], ...]
 
 
-def shorten(model: nn.Module) -> list[Stack]:
-    """Takes out of a model's lists of layers those that others can stand for."""
+def shorten(model: nn.Module, first: int = 2, last: bool = False) -> list[Stack]:
+    """Takes out of a model's lists of layers those that others can stand for.
+
+    Args:
+        model: Its tensors may be without data.
+        first: How many of the first of a kind stay; the last of them stands for the others.
+        last: Whether the last of a kind stays too.
+    """
     stacks: list[Stack] = []
     for path, layers in list(model.named_modules()):
         if not isinstance(layers, nn.ModuleList) or any(
             path.startswith(f"{stack.path}.") for stack in stacks
         ):
             continue
-        stack = _stack(path, [_kind(layer) for layer in layers])
+        stack = _stack(path, [_kind(layer) for layer in layers], first, last)
         if len(stack.kept) == len(layers):
             continue
         place, _, name = path.rpartition(".")
@@ -65,21 +72,26 @@ def shorten(model: nn.Module) -> list[Stack]:
     return stacks
 
 
-def _stack(path: str, kinds: Sequence[Any]) -> Stack:
+def _stack(path: str, kinds: Sequence[Any], first: int, last: bool) -> Stack:
     places: dict[Any, list[int]] = {}
     for number, kind in enumerate(kinds):
         places.setdefault(kind, []).append(number)
-    kept = tuple(sorted(number for numbers in places.values() for number in numbers[:2]))
-    last = {kind: kept.index(numbers[:2][-1]) for kind, numbers in places.items()}
+    staying = {
+        kind: numbers[:first] + (numbers[first:][-1:] if last else [])
+        for kind, numbers in places.items()
+    }
+    kept = tuple(sorted(number for numbers in staying.values() for number in numbers))
+    standing = {kind: kept.index(numbers[:first][-1]) for kind, numbers in places.items()}
     stands = tuple(
-        kept.index(number) if number in kept else last[kind] for number, kind in enumerate(kinds)
+        kept.index(number) if number in kept else standing[kind]
+        for number, kind in enumerate(kinds)
     )
-    pairs = tuple(
-        (kept.index(numbers[0]), kept.index(numbers[1]))
-        for numbers in places.values()
-        if len(numbers) > 2
+    alike = tuple(
+        tuple(map(kept.index, numbers))
+        for kind, numbers in staying.items()
+        if len(numbers) < len(places[kind])
     )
-    return Stack(path, kept, stands, pairs)
+    return Stack(path, kept, stands, alike)
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
@@ -89,7 +101,11 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
             name,
             type(module),
             tuple(sorted((k, repr(v)) for k, v in _options(module))),
-            tuple((k, p.shape, p.dtype) for k, p in module._parameters.items() if p is not None),
+            tuple(
+                (k, p.shape, p.dtype, p.requires_grad)
+                for k, p in module._parameters.items()
+                if p is not None
+            ),
             tuple((k, _values(b)) for k, b in module._buffers.items() if b is not None),
             id(getattr(module, "graph", None)),  # of a rewritten site
         )
@@ -108,7 +124,7 @@ def _options(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _values(buffer: torch.Tensor) -> Any:
-    if buffer.is_meta:
+    if buffer.is_meta or isinstance(buffer, FakeTensor):
         return tuple(buffer.shape), buffer.dtype
     return tuple(buffer.shape), buffer.dtype, buffer.flatten().tolist()
 
@@ -186,7 +202,7 @@ class _Regions:
         if not all(self.members) or self.between:
             raise Unlike
         self.carried = [self._carried(place) for place in range(len(self.members))]
-        for first, second in self.stack.pairs:
+        for first, second in self.stack.alike:
             self._compare(first, second)
         return self._rebuilt(inputs, outputs)
 

@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,14 @@ def _ref(
     nbytes = _nbytes(shape, dtype)
     if offsets[1] - offsets[0] != nbytes:
         raise PeftcError(f"tensor {shown} needs {nbytes} bytes, its offsets {offsets} differ")
-    return TensorRef(name, path, dtype, tuple(shape), base + offsets[0], int(nbytes), states)
+    place = base + offsets[0]
+    return TensorRef(name, path, dtype, _shared(tuple(shape)), place, int(nbytes), states)
+
+
+@lru_cache(maxsize=4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same tuple for all tensors of a shape: large mixtures have a hundred thousand."""
+    return shape
 
 
 def _nbytes(shape: list[int], dtype: str) -> int | float:

@@ -135,7 +135,7 @@ def test_layers_of_two_kinds_stand_for_their_own_only() -> None:
         model = transformers.Gemma3ForCausalLM(config)
     (stack,) = shorten(model)
     assert stack == Stack(
-        "model.layers", kept=(0, 1, 2, 5), stands=(0, 1, 2, 1, 1, 3, 3, 1), pairs=((0, 1), (2, 3))
+        "model.layers", kept=(0, 1, 2, 5), stands=(0, 1, 2, 1, 1, 3, 3, 1), alike=((0, 1), (2, 3))
     )
     assert len(model.model.layers) == 4
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
