@@ -157,7 +157,7 @@ def reason_of(refused: PeftcError) -> str:
 
 def captured(method: str, specimen: Specimen, path: Path) -> Program:
     """The base; from a checkpoint where its structure may have to be edited."""
-    if method not in STRUCTURAL or specimen.name in ("plain", "grouped"):
+    if method not in STRUCTURAL or specimen.name in rows.UNSAVED:
         return rows.captured(specimen)
     return rows.saved(specimen, path)
 
@@ -197,8 +197,12 @@ tests (`tests/test_architectures.py`) run one cell of {SLICES}, from every row a
 
 FORMATS_HEAD = """## Formats
 
-What a merged or attached LoRA computes after a round trip through each format, against what it
-computed before."""
+What a model with a LoRA computes after a round trip through a format, against what it computed
+before. `peft`: attached, written and attached again, which is equal to the bit, and loaded by PEFT.
+`safetensors`: merged, in the base's own layout, loaded by transformers. `canonical`: ranks that
+differ, as one plain LoRA that PEFT loads. `nf4`: nested, under bitsandbytes' names, computed by
+transformers and bitsandbytes. `onnx` and `pt2`: as [onnx.md](onnx.md) and [pt2.md](pt2.md) have it
+of models of three layers."""
 
 
 def table(

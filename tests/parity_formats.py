@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from peftc.passes.nf4 import Nf4
 
 from . import zoo
 from .families.specimen import Specimen, made
-from .parity_rows import Cell, adapters, captured, output, ran, refusal
+from .parity_rows import UNSAVED, Cell, adapters, captured, output, ran, refusal
 
+DOCS = Path(__file__).parent.parent / "docs"
 Measure = Callable[[Specimen, Path], Cell]
 
 
@@ -83,17 +86,46 @@ def four_bit(specimen: Specimen, folder: Path) -> Cell:
     return Cell(zoo.distance(got, want))
 
 
+def quoted(page: str, script: str) -> Measure:
+    """What another page's table of architectures says, which a script of its own measures."""
+
+    def cell(specimen: Specimen, folder: Path) -> Cell:
+        found = architectures(page).get(plain(specimen.name))
+        if found is None:
+            return Cell(note=f"not in the table of [{page}]({page}), by `python -m {script}`")
+        figures = [float(word) for word in found[0].split(", ")] if found[0] != "no" else []
+        note = "" if figures else f"peftc: {found[1]}"
+        return Cell(max(figures, default=None), note=note)
+
+    return cell
+
+
+@cache
+def architectures(page: str) -> dict[str, list[str]]:
+    """A page's table of architectures, by their plain names."""
+    text = (DOCS / page).read_text().partition("| architecture |")[2].partition("\n\n")[0]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    return {plain(name.partition(",")[0]): rest for name, *rest in lines}
+
+
+def plain(name: str) -> str:
+    """A name without what is written in two ways: GPT-2 and gpt2, Qwen3-MoE and qwen3_moe."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 FORMATS: dict[str, Measure] = {
     "peft": to_peft,
     "safetensors": to_safetensors,
     "canonical": canonical,
     "nf4": four_bit,
+    "onnx": quoted("onnx.md", "tests.onnx_families"),
+    "pt2": quoted("pt2.md", "tests.pt2_families"),
 }
 
 
 def measure(row: str, name: str) -> Cell:
     """Runs one cell."""
-    if name in ("plain", "grouped") and row in ("safetensors", "nf4"):
+    if name in UNSAVED and row in ("safetensors", "nf4"):
         return Cell(note="no checkpoint: none of transformers'")
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -89,35 +89,35 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     (CONVOLUTION, "whisper qwen2_audio",
      "the encoder reads conv1.stride, which PEFT's wrapper has not"),
     (LOW_RANK, "mamba mamba2 falcon_h1", "PEFT refuses conv1d of Mamba models"),
-    (LOW_RANK, "jamba qwen3_next recurrent_gemma lfm2",
+    (LOW_RANK, "jamba qwen3_next recurrent_gemma",
      "PEFT refuses a convolution of more groups than ranks"),
-    (PRODUCTS, "mamba mamba2 jamba falcon_h1 qwen3_next lfm2",
+    (PRODUCTS, "mamba mamba2 jamba falcon_h1 qwen3_next",
      "the adapter is dead: the model reads the convolution's weight and never calls the layer"),
     (PRODUCTS, "qwen2_5_vl", "PEFT has it not for Conv3d"),
     ("loha, lokr, oft, boft", "gpt2", "PEFT has it not for Conv1D"),
     ("olora", "gpt2", "PEFT does not transpose Conv1D's weight"),
     ("oft", "convnext deepseek_v3", "PEFT takes whatever has four dimensions for a picture"),
-    ("layer replication", "gpt2 opt bloom falcon mamba gpt_bigcode gptj gpt_neox mpt mamba2 rwkv",
+    ("layer replication", "gpt2 opt bloom falcon mamba gpt_bigcode gpt_neox mpt mamba2 rwkv",
      "PEFT finds layers only at model.layers and, without a head, at h"),
-    ("layer replication", "qwen2 qwen3 gemma3 gpt_oss qwen3_next lfm2",
+    ("layer replication", "qwen2 qwen3 gemma3 gpt_oss qwen3_next",
      "PEFT does not lengthen config.layer_types, which the forward indexes"),
 )  # fmt: skip
 
 # By method and specimen, what is wrong with PEFT's merge_and_unload.
 PEFT_MERGE_WRONG: dict[tuple[str, str], str] = per_pair(
     ("lora_bias", "llama qwen2 qwen3 gemma phi3 falcon t5 clip whisper qwen2_5_vl mixtral qwen3_moe"
-     " mamba plain grouped gemma3 cohere olmo2 granite gptj mpt modernbert mt5 granitemoe switch"
-     " mamba2 jamba falcon_h1 recurrent_gemma lfm2 rwkv swin conformer llava paligemma qwen2_audio"
+     " mamba plain grouped gemma3 cohere olmo2 mpt modernbert switch"
+     " mamba2 jamba falcon_h1 recurrent_gemma rwkv swin conformer llava paligemma qwen2_audio"
      " deepseek_v3 qwen3_next", "raises: a layer without a bias gets none"),
     ("lora on embedding, dora on embedding",
      "gemma gpt2 opt bloom falcon roberta t5 bart whisper mamba gemma3 cohere gpt_bigcode mpt"
-     " albert modernbert mt5 m2m_100 switch recurrent_gemma lfm2 blip paligemma",
+     " albert modernbert m2m_100 switch recurrent_gemma blip paligemma",
      "the tied head, which has no adapter, changes with the embedding"),
     ("tokens, lora + tokens", "roberta albert modernbert blip",
      "unmerged is wrong, merged right: the forward of a tied head leaves its bias out"),
     ("lora on convolution, dora on convolution", "grouped", "raises: groups > 1"),
-    ("layer replication", "llama gemma phi3 mixtral qwen3_moe phi cohere olmo2 granite deepseek_v3"
-     " granitemoe jamba falcon_h1 recurrent_gemma",
+    ("layer replication", "llama gemma phi3 mixtral qwen3_moe cohere olmo2 deepseek_v3"
+     " jamba falcon_h1 recurrent_gemma",
      "all copies' updates are added to the one weight that they share"),
 )  # fmt: skip
 

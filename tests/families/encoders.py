@@ -22,10 +22,6 @@ GLOBAL = "query_global key_global value_global "
 WORDS = "word_embeddings"
 UNSTARTED = {k: v for k, v in TEXT.items() if "bos" not in k and "eos" not in k}
 CLASSES = "SEQ_CLS"
-DISTIL = {
-    "vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4,
-    "max_position_embeddings": 32,
-}  # fmt: skip
 SQUEEZED = {f"{part}_groups": 2 for part in ("q", "k", "v", "intermediate", "output")}
 T5_NORMS = ("layer_norm final_layer_norm", "decoder.final_layer_norm")
 
@@ -34,10 +30,6 @@ ENCODERS: tuple[Specimen, ...] = (
           options=LABELS | UNCACHED, embedding=WORDS, task=CLASSES),
     model("roberta", "RobertaForMaskedLM", "Roberta", *BERT, "lm_head.dense lm_head.layer_norm",
           options=TEXT | UNCACHED, embedding=WORDS, task="FEATURE_EXTRACTION"),
-    model("distilbert", "DistilBertForSequenceClassification", "DistilBert",
-          "q_lin k_lin v_lin out_lin lin1 lin2", "k_lin v_lin / lin2",
-          "LayerNorm sa_layer_norm output_layer_norm", "pre_classifier classifier",
-          options=DISTIL, embedding=WORDS, task=CLASSES),
     model("albert", "AlbertForMaskedLM", "Albert",
           "query key value attention.dense ffn ffn_output", "key value / ffn_output",
           "LayerNorm full_layer_layer_norm", "predictions.dense predictions.LayerNorm",
@@ -66,7 +58,6 @@ ENCODERS: tuple[Specimen, ...] = (
 
 ENCODERS_DECODERS: tuple[Specimen, ...] = (
     sequences("t5", "T5", "q k v o wi wo", "k v / wo", *T5_NORMS, options=T5),
-    sequences("mt5", "MT5", "q k v o wi_0 wi_1 wo", "k v / wo", *T5_NORMS, options=T5),
     sequences("bart", "Bart", *BART, "decoder.layernorm_embedding",
               options={**SEQ2SEQ, "max_position_embeddings": 32}),
     sequences("m2m_100", "M2M100", *BART, "decoder.layer_norm",

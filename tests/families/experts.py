@@ -42,9 +42,6 @@ MIXTURES: tuple[Specimen, ...] = (
            "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj", "kv_b_proj / down_proj",
            LLAMA[2] + " q_a_layernorm kv_a_layernorm", "lm_head", experts=EXPERTS,
            options={**TEXT, **LATENT}, embedding=WORDS),
-    causal("granitemoe", "GraniteMoe", *ATTENTION, LLAMA[2], "lm_head",
-           experts=tuple(f"block_sparse_moe.experts.{part}_proj" for part in ("gate_up", "down")),
-           options={**GROUPED, **FOUR}, embedding=WORDS),
     sequences("switch", "SwitchTransformers", "q k v o", "k v / ", "layer_norm final_layer_norm",
               "decoder.final_layer_norm", options={**T5, **SPARSE}),
 )  # fmt: skip

@@ -46,10 +46,6 @@ SWIN = {
     "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4],
     "window_size": 4, "num_labels": 5,
 }  # fmt: skip
-SEGMENTS = {
-    "depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2],
-    "decoder_hidden_size": 16, "num_labels": 5,
-}  # fmt: skip
 RESNET = {
     "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
     "num_labels": 5,
@@ -71,9 +67,6 @@ VISION: tuple[Specimen, ...] = (
     model("vit", "ViTForImageClassification", "ViT", *VIT,
           "layernorm_before layernorm_after vit.layernorm", LABEL, options=IMAGE,
           convolution=PATCHES, inputs=pictures(2, 3, 16, 16)),
-    model("dinov2", "Dinov2ForImageClassification", "Dinov2", *VIT, "norm1 norm2 dinov2.layernorm",
-          LABEL, options={**IMAGE, "mlp_ratio": 2}, convolution=PATCHES,
-          inputs=pictures(2, 3, 16, 16)),
     model("swin", "SwinForImageClassification", "Swin", VIT[0] + " reduction", VIT[1],
           "layernorm_before layernorm_after downsample.norm swin.layernorm", LABEL, options=SWIN,
           convolution=PATCHES, inputs=pictures(2, 3, 16, 16)),
@@ -81,9 +74,6 @@ VISION: tuple[Specimen, ...] = (
           " / pwconv2", "layernorm", LABEL, convolution="patch_embeddings",
           options={"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "num_labels": 5},
           inputs=pictures(2, 3, 32, 32)),
-    model("segformer", "SegformerForSemanticSegmentation", "Segformer", *VIT,
-          "layer_norm layernorm_before layernorm_after", "decode_head.classifier",
-          options=SEGMENTS, convolution="patch_embeddings.proj", inputs=pictures(1, 3, 32, 32)),
     model("resnet", "ResNetForImageClassification", "ResNet", "classifier.1", "classifier.1 / ",
           "normalization", "shortcut.normalization", options=RESNET, convolution="convolution",
           inputs=pictures(2, 3, 32, 32)),
@@ -115,12 +105,6 @@ SEVERAL: tuple[Specimen, ...] = (
           "layer_norm1 layer_norm2 pre_layrnorm post_layernorm final_layer_norm",
           "visual_projection", embedding="token_embedding", convolution="patch_embedding",
           options={"projection_dim": 16, "text_config": TEXT, "vision_config": IMAGE},
-          inputs=lambda: ids() | pictures(3, 3, 16, 16)(), output=lambda o: o.logits_per_image),
-    # Not the vision head's out_proj, whose weight nn.MultiheadAttention reads.
-    model("siglip", "SiglipModel", "Siglip", OUT.replace("out_proj", "self_attn.out_proj"),
-          "k_proj v_proj / fc2", "layer_norm1 layer_norm2 post_layernorm final_layer_norm",
-          "text_model.head", embedding="token_embedding", convolution="patch_embedding",
-          options={"text_config": {**TEXT, "projection_size": 32}, "vision_config": TOWER},
           inputs=lambda: ids() | pictures(3, 3, 16, 16)(), output=lambda o: o.logits_per_image),
     model("blip", "BlipForConditionalGeneration", "Blip",
           "qkv projection fc1 fc2 query key value attention.output.dense crossattention.output."
