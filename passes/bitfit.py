@@ -25,4 +25,5 @@ class BitFit(Full):
     )
 
     def own(self, program: Program, modules: list[str]) -> list[str]:
-        return [f for f in program.tensors_of(modules) if f.rpartition(".")[2] == "bias"]
+        # Those of experts and of state spaces are parameters beside others: gate_up_proj_bias, dt_bias.
+        return [f for f in program.tensors_of(modules) if f.endswith("bias")]

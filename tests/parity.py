@@ -59,6 +59,7 @@ PEFT_PASSES: dict[str, tuple[str, ...]] = {
     "lora + tokens": ("lora", "trainable_tokens"),
     "layer replication": ("replicate_layers",),
 }  # fmt: skip
+UNMEASURED = "…"
 SLICES = 8  # of all cells, of which CI runs one
 
 
@@ -183,7 +184,8 @@ Tiny random models of each architecture carry a trained adapter. A cell shows th
 three differences, each the largest absolute difference over the largest absolute value, in fp32:
 peftc's output with the adapter attached against PEFT's; peftc's merged output against its unmerged
 one; and against PEFT's merged one. Every cell is held to {BOUND:g}. A dash: the architecture has no
-such part. A number in brackets: see the [notes](#notes), which say why a figure is missing.
+such part; an ellipsis: not measured yet. A number in brackets: see the [notes](#notes), which say
+why a figure is missing.
 
 What PEFT has not is compared with arithmetic that is not peftc's: bottlenecks with AdapterHub's
 equations, written anew as hooks where peftc finds sublayers; `bitfit` and `full` with two steps of
@@ -213,6 +215,7 @@ def table(
     notes: dict[str, int],
 ) -> list[str]:
     """Methods by architectures; notes are numbered as they come."""
+    wanted = set(cells())
     lines = [f"| {corner} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method in methods:
         line = []
@@ -221,7 +224,8 @@ def table(
             mark = ""
             if cell and cell.note:
                 mark = f" [{notes.setdefault(cell.note, len(notes) + 1)}]"
-            line.append(f"{cell}{mark}".strip() if cell else "–")
+            missing = UNMEASURED if (method, name) in wanted else "–"
+            line.append(f"{cell}{mark}".strip() if cell else missing)
         if set(line) != {"–"}:
             lines.append(f"| {method} | " + " | ".join(line) + " |")
     return lines
@@ -239,7 +243,9 @@ def shown() -> dict[tuple[str, str], str]:
         elif line.startswith("| "):
             for name, word in zip(names, words, strict=True):
                 figure, _, mark = word.partition("[")
-                if word != "–":
+                if word == UNMEASURED:
+                    found[first, name] = UNMEASURED
+                elif word != "–":
                     found[first, name] = told(bool(figure), notes.get(mark.strip("]"), ""))
     return found
 
@@ -290,7 +296,7 @@ def main() -> int:
             with (KEPT / f"{part}-of-{parts}.jsonl").open("a") as file:
                 file.write(json.dumps([method, name, asdict(cell)]) + "\n")
     found = kept()
-    if set(cells()) <= set(found):
+    if not words:
         PAGE.write_text(page(found))
     print(f"{len(todo)} cells measured, {failed} do not hold, {len(found)} of all are kept")
     return int(failed > 0)
