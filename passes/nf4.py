@@ -82,8 +82,15 @@ class Nf4(Targets, Pass):
         )
 
 
+# Their layers cast what goes into `wo` to its weight's dtype, as T5's do; that of 4 bits is uint8.
+# transformers keeps T5's wide, and forgets these.
+_CASTING = ("SwitchTransformers", "LongT5", "Pix2Struct", "Kosmos2_5")
+
+
 def _wide(program: Program) -> tuple[str, ...]:
-    """Parts of names whose modules transformers keeps in fp32."""
+    """Parts of names whose modules transformers keeps in fp32, or should."""
+    if any(name.startswith(_CASTING) for name in program.source.architectures):
+        return ("wo",)
     if (outline := getattr(program.source, "outline", None)) is not None:
         return tuple(outline.wide)
     module = getattr(program.source, "module", None)
@@ -109,5 +116,5 @@ def _obstacle(program: Program, site: Site) -> tuple[str, str] | None:
     if weight in program.trainable:
         return "is trained whole by an adapter", "exclude it, or merge the adapter first"
     if any(part in site.fqn for part in wide):
-        return "is kept in fp32 by transformers", "exclude it"
+        return "is read as fp32 by the model's own code", "exclude it"
     return None

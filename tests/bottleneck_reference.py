@@ -74,7 +74,8 @@ class Reference:
         """What stands in the place of the sublayer's h."""
         p, residual = self.pass_, h
         if p.option("is_parallel"):
-            return self.adapter(own, stream, None) + h
+            beside: torch.Tensor = self.adapter(own, stream, None) + h
+            return beside
         if p.option("original_ln_before"):
             h = h + stream
             residual = h if p.residual_before_ln == "post_add" else residual

@@ -173,7 +173,7 @@ def page(found: dict[tuple[str, str], Cell]) -> str:
     lines += ["", FORMATS_HEAD]
     for specimens in KINDS.values():
         names = [specimen.name for specimen in specimens]
-        lines += ["", *table("format", formats.FORMATS, names, found, notes)]
+        lines += ["", *table("format", tuple(formats.FORMATS), names, found, notes)]
     lines += ["", "## Notes", "", *(f"{n}. {note}" for note, n in notes.items()), ""]
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ SHOWN = parity.shown()
 # Beside the part that was chosen, cells that once showed a defect.
 MENDED = [
     ("lora", "jamba"), ("prefix tuning", "m2m_100"), ("bitfit", "gpt_oss"),
-    ("bottleneck, houlsby", "convnext"),
+    ("bottleneck, houlsby", "convnext"), ("nf4 + lora", "switch"), ("peft", "bert"),
 ]  # fmt: skip
 WANTED = parity.cells() if CHOSEN == "all" else [*parity.sample(int(CHOSEN)), *MENDED]
 CELLS = [cell for cell in dict.fromkeys(WANTED) if SHOWN.get(cell) != parity.UNMEASURED]

@@ -22,8 +22,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from .families import SPECIMENS
-from .families.specimen import Specimen, made
+from .families import SPECIMENS as SPECIMENS
+from .families.specimen import Specimen as Specimen
+from .families.specimen import made
 
 TOKENS = [5, 7, 11]  # which the trainable tokens' methods train
 
