@@ -311,8 +311,13 @@ def edited(*passes: Pass) -> Measure:
 
     def cell(specimen: Specimen, folder: Path) -> Cell:
         base = captured(specimen) if specimen.name in UNSAVED else saved(specimen, folder)
-        got = output(ran(base, *passes), specimen)
-        want = zoo.plain(specimen)
+        try:
+            program = ran(base, *passes)
+        except PeftcError:  # T5 is tied whatever its config says, and is resized as it is
+            if len(passes) == 1:
+                raise
+            program = ran(base, passes[-1])
+        got, want = output(program, specimen), zoo.plain(specimen)
         return Cell(zoo.distance(got[..., : want.shape[-1]], want))
 
     return cell
