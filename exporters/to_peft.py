@@ -28,10 +28,11 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-# Tasks of which PEFT looks for a trained head in the file, and refuses one that has none.
-HEADS = {
+# Tasks of which PEFT looks for a trained head in the file, and refuses one that has none. For the
+# last it has a class whose forward takes text alone, which Whisper's and LLaVA's is not.
+HEADS: dict[str, set[str]] = {
     "SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"},
-    "QUESTION_ANS": {"qa_outputs"},
+    "QUESTION_ANS": {"qa_outputs"}, "SEQ_2_SEQ_LM": set(),
 }  # fmt: skip
 
 
