@@ -82,15 +82,20 @@ class Nf4(Targets, Pass):
         )
 
 
-# Their layers cast what goes into `wo` to its weight's dtype, as T5's do; that of 4 bits is uint8.
-# transformers keeps T5's wide, and forgets these.
-_CASTING = ("SwitchTransformers", "LongT5", "Pix2Struct", "Kosmos2_5")
+# Parts of names whose weights a model's own code reads as numbers, by the start of its class's name.
+# T5's kin cast their input to wo's dtype, which is uint8 in 4 bits; transformers keeps T5's wide and
+# forgets these. RWKV divides two weights in place.
+_READ = {
+    "SwitchTransformers": ("wo",), "LongT5": ("wo",), "Pix2Struct": ("wo",), "Kosmos2_5": ("wo",),
+    "Rwkv": ("attention.output", "feed_forward.value"),
+}  # fmt: skip
 
 
 def _wide(program: Program) -> tuple[str, ...]:
     """Parts of names whose modules transformers keeps in fp32, or should."""
-    if any(name.startswith(_CASTING) for name in program.source.architectures):
-        return ("wo",)
+    for start, parts in _READ.items():
+        if any(name.startswith(start) for name in program.source.architectures):
+            return parts
     if (outline := getattr(program.source, "outline", None)) is not None:
         return tuple(outline.wide)
     module = getattr(program.source, "module", None)
