@@ -82,9 +82,9 @@ class Nf4(Targets, Pass):
         )
 
 
-# Parts of names whose weights a model's own code reads as numbers, by the start of its class's name.
-# T5's kin cast their input to wo's dtype, which is uint8 in 4 bits; transformers keeps T5's wide and
-# forgets these. RWKV divides two weights in place.
+# Parts of names whose weights a model's own code reads, by the start of its class's name. T5's kin
+# cast their input to wo's dtype, which is uint8 in 4 bits; transformers keeps T5's wide and forgets
+# these. RWKV divides two weights in place.
 _READ = {
     "SwitchTransformers": ("wo",), "LongT5": ("wo",), "Pix2Struct": ("wo",), "Kosmos2_5": ("wo",),
     "Rwkv": ("attention.output", "feed_forward.value"),

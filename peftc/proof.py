@@ -171,7 +171,7 @@ def whole_proof(program: Program, written: Path) -> dict[str, Any]:
         want = _logits(model, inputs)
     except Exception as error:  # the model's own code, which may need more than is known of it
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return {"skipped": f"the model does not run on sample input ({said}); sites were compared"}
+        return {"skipped": f"it does not run on sample input ({said}); each site was compared"}
     del model
     gc.collect()
     got = _logits(loaded(checkpoint), inputs)
