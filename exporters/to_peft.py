@@ -28,6 +28,12 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+# Tasks of which PEFT looks for a trained head in the file, and refuses one that has none. For the
+# last it has a class whose forward takes text alone, which Whisper's and LLaVA's is not.
+HEADS: dict[str, set[str]] = {
+    "SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"}, "SEQ_2_SEQ_LM": set(),
+}  # fmt: skip
 
 
 def to_peft(
@@ -115,7 +121,7 @@ def write_adapter(
     config = {
         **adapter.config,
         "base_model_name_or_path": base or program.source.name,
-        "task_type": _task(program),
+        "task_type": _task(program, None if adapter.prefixed else tensors),
         "inference_mode": True,
         **(peft_edits(program) or {} if base is None else {}),
     }
@@ -160,10 +166,13 @@ def _shortest(chosen: Sequence[str], names: Iterable[str], parts: int) -> list[s
     return suffixes if selected == set(chosen) else sorted(chosen)
 
 
-def _task(program: Program) -> str | None:
+def _task(program: Program, keys: Iterable[str] | None = ()) -> str | None:
+    """PEFT's name of what the model does, where an adapter with these tensors may have it."""
     names: Sequence[Any] = program.source.architectures
+    parts = {part for key in keys or () for part in key.split(".")}
     for name in names:
         for suffix, task in TASKS.items():
             if str(name).endswith(suffix):
-                return task
+                headless = keys is not None and task in HEADS and not HEADS[task] & parts
+                return None if headless else task
     return None

@@ -114,7 +114,7 @@ def bind(program: Program, path: str, name: str, weight: float) -> Bound:
     given, common, loose, errors = _sort(program, directory, method)
     raise_all(errors)
     given |= {fqn: {} for fqn in _tied(program, method, given)}
-    raise_all(_unserved(program, method, list(given)))
+    raise_all(_unserved(program, method, directory.config, list(given)))
     sites = [fqn for fqn in program.sites if fqn in given]
     raise_all(_misfits(method.common(program, sites), common, directory))
     try:
@@ -290,13 +290,18 @@ def _same(program: Program, fqn: str, leaf: Constant) -> bool:
     return own is not None and own.spec == leaf.spec and bool(value(own).equal(value(leaf)))
 
 
-def _unserved(program: Program, method: Method, bound: list[str]) -> list[PeftcError]:
+def _unserved(
+    program: Program, method: Method, config: Mapping[str, Any], bound: list[str]
+) -> list[PeftcError]:
     """Targets and patterns of the config that no tensor of the file serves."""
     errors: list[PeftcError] = []
     where = "adapter_config.json"
     if "targets" in method.model_fields_set:
         wanted, errors = method.pick(program)
-        if missing := [fqn for fqn in wanted if fqn not in bound]:
+        # A target is a module to PEFT; parameters of experts that are named so too are none.
+        stacks = {fqn for fqn in wanted if program.sites[fqn].kind.name == "experts"}
+        spared = stacks - set(_experts(program, config).values())
+        if missing := [fqn for fqn in wanted if fqn not in {*bound, *spared}]:
             errors.append(
                 AdapterError(
                     f"the file lacks the tensors of {len(missing)} targeted layers, such as "

@@ -25,4 +25,10 @@ class BitFit(Full):
     )
 
     def own(self, program: Program, modules: list[str]) -> list[str]:
-        return [f for f in program.tensors_of(modules) if f.rpartition(".")[2] == "bias"]
+        # Those of experts and state spaces are parameters beside others: down_proj_bias, dt_bias.
+        found = [f for f in program.tensors_of(modules) if f.endswith("bias")]
+        if all(f.endswith(".bias") for f in found):
+            return found
+        # A router's is set by no gradient: a buffer.
+        buffers = {name for name, _ in program.source.skeleton().named_buffers()}
+        return [f for f in found if f not in buffers]

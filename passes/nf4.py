@@ -82,8 +82,20 @@ class Nf4(Targets, Pass):
         )
 
 
+# Parts of names whose weights a model's own code reads, by the start of its class's name. T5's kin
+# cast their input to wo's dtype, which is uint8 in 4 bits; transformers keeps T5's wide and forgets
+# these. RWKV divides two weights in place.
+_READ = {
+    "SwitchTransformers": ("wo",), "LongT5": ("wo",), "Pix2Struct": ("wo",), "Kosmos2_5": ("wo",),
+    "Rwkv": ("attention.output", "feed_forward.value"),
+}  # fmt: skip
+
+
 def _wide(program: Program) -> tuple[str, ...]:
-    """Parts of names whose modules transformers keeps in fp32."""
+    """Parts of names whose modules transformers keeps in fp32, or should."""
+    for start, parts in _READ.items():
+        if any(name.startswith(start) for name in program.source.architectures):
+            return parts
     if (outline := getattr(program.source, "outline", None)) is not None:
         return tuple(outline.wide)
     module = getattr(program.source, "module", None)
@@ -109,5 +121,5 @@ def _obstacle(program: Program, site: Site) -> tuple[str, str] | None:
     if weight in program.trainable:
         return "is trained whole by an adapter", "exclude it, or merge the adapter first"
     if any(part in site.fqn for part in wide):
-        return "is kept in fp32 by transformers", "exclude it"
+        return "is read as fp32 by the model's own code", "exclude it"
     return None

@@ -89,8 +89,13 @@ class Shift:
             return (*args[: self.argument], moved, *args[self.argument + 1 :]), kwargs
         return args, {**kwargs, self.argument: self.moved(module, kwargs[self.argument])}
 
-    def moved(self, module: nn.Module, positions: torch.Tensor) -> torch.Tensor:
-        """Positions behind the prefix; a negative one is padding's, and stays."""
+    def moved(self, module: nn.Module, positions: torch.Tensor | int) -> torch.Tensor | int:
+        """Positions behind the prefix; a negative one is padding's, and stays.
+
+        A module may be given but how many tokens came before, as M2M100's is.
+        """
+        if isinstance(positions, int):
+            return positions + self.by
         if isinstance(module, nn.Embedding):
             size = module.num_embeddings - int(getattr(module, "offset", 0))
             if (length := positions.shape[-1]) + self.by > size:

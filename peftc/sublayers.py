@@ -86,6 +86,8 @@ class Streams:
         """Two tensors are summed; `roles` say what makes each of them, where that is known."""
         if len(operands) != 2 or operands[0].shape != operands[1].shape:
             return
+        if operands[0].ndim > 3:  # of a picture nothing tells which dimension has the features
+            return
         for tensor in operands:
             if tensor in self._of:
                 self._of[tensor].goes_on = True

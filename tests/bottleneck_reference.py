@@ -59,26 +59,29 @@ class Reference:
 
     def layer(self, h: Any, stream: Any, norm: Any, index: int, where: str) -> torch.Tensor:
         """BottleneckLayer.bottleneck_layer_forward: with the residual and the normalization."""
-        p, given = self.pass_, h
         own = {
             key.partition(".adapters.default.")[2]: tensor
             for key, tensor in self.tensors.items()
             if f".{index}." in key.partition(".adapters.")[0]
             and ("attention" in key) == (where == "attention")
         }
-        if p.option("is_parallel"):
-            out = self.adapter(own, stream, None) + given
-        else:
-            residual = h
-            if p.option("original_ln_before"):
-                h = h + stream
-                residual = h if p.residual_before_ln == "post_add" else residual
-                h = h if norm is None else norm(h)
-                residual = h if p.residual_before_ln == "false" else residual
-            out = self.adapter(own, h, residual)
-        total = out + stream if p.original_ln_after else out
-        result: torch.Tensor = norm(total) if norm and p.original_ln_after else total
+        out = self.inner(own, h, stream, norm)
+        total = out + stream if self.pass_.original_ln_after else out
+        result: torch.Tensor = norm(total) if norm and self.pass_.original_ln_after else total
         return result
+
+    def inner(self, own: dict[str, torch.Tensor], h: Any, stream: Any, norm: Any) -> torch.Tensor:
+        """What stands in the place of the sublayer's h."""
+        p, residual = self.pass_, h
+        if p.option("is_parallel"):
+            beside: torch.Tensor = self.adapter(own, stream, None) + h
+            return beside
+        if p.option("original_ln_before"):
+            h = h + stream
+            residual = h if p.residual_before_ln == "post_add" else residual
+            h = h if norm is None else norm(h)
+            residual = h if p.residual_before_ln == "false" else residual
+        return self.adapter(own, h, residual)
 
     def adapter(self, own: dict[str, torch.Tensor], x: Any, residual: Any) -> torch.Tensor:
         """Adapter.forward, and ParallelAdapter.forward, which has no residual."""
@@ -100,3 +103,46 @@ class Reference:
 
     def norm(self, own: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.layer_norm(x, x.shape[-1:], own[f"{name}.weight"], own[f"{name}.bias"])
+
+
+class Hooked(Reference):
+    """The same by hooks on any model, where the model itself adds the stream and normalizes.
+
+    Attributes:
+        tensors: An adapter's, by their names in a live model of peftc's.
+    """
+
+    def __init__(self, model: Any, pass_: Bottleneck, tensors: dict[str, torch.Tensor]) -> None:
+        self.model, self.pass_, self.tensors = model, pass_, tensors
+
+    def add(self, role: str, entry: str, exit_: str, norm: str | None) -> None:
+        """An adapter at a sublayer.
+
+        Args:
+            role: attention or feed_forward.
+            entry: A module that takes the stream.
+            exit_: The one that gives h.
+            norm: What normalizes their sum, if anything.
+        """
+        if not self.has("attention" if role == "attention" else "output"):
+            return
+        within = self.pass_.option("original_ln_before") and not self.pass_.option("is_parallel")
+        site = norm if norm and within else exit_
+        own = {
+            key.removeprefix(f"{site}.").replace("down.default", "down.0").replace(".default", "")
+            : tensor for key, tensor in self.tensors.items() if key.startswith(f"{site}.adapter_")
+        }  # fmt: skip
+        normed = self.model.get_submodule(norm) if norm else None
+        plain = None if normed is None else normed.forward
+        kept: list[torch.Tensor] = []
+
+        def enter(module: Any, args: Any, kwargs: Any) -> None:
+            kept[:] = [next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x))]
+
+        def leave(module: Any, args: Any, out: Any) -> Any:
+            many = isinstance(out, tuple)
+            y = self.inner(own, out[0] if many else out, kept[0], plain)
+            return (y, *out[1:]) if many else y
+
+        self.model.get_submodule(entry).register_forward_pre_hook(enter, with_kwargs=True)
+        self.model.get_submodule(exit_).register_forward_hook(leave)

@@ -19,7 +19,7 @@ import transformers
 import peftc
 from peftc.errors import PeftcError
 
-from .zoo import GEMMA, GPT, GROUPED, HALVES, IMAGE, SEQ2SEQ, TEXT
+from .families.specimen import GEMMA, GPT, GROUPED, HALVES, IMAGE, SEQ2SEQ, TEXT
 
 REAL = "all-MiniLM-L6-v2, the real one"
 LAYERS = {"num_hidden_layers": 3}

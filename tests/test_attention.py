@@ -14,6 +14,7 @@ from peftc.passes.prefix_tuning import PrefixTuning
 
 from . import zoo
 from .conftest import distance
+from .families.specimen import IDS
 
 # The first attention module, the heads of its keys, and what takes the positions.
 FOUND: dict[str, tuple[str, int, set[str]]] = {
@@ -93,7 +94,7 @@ def test_prefix_is_seen_by_every_layer(name: str) -> None:
 def test_prefix_equals_a_cache_that_holds_it(name: str) -> None:
     plain = zoo.SPECIMENS[name].build()
     live: Any = materialize(Pipeline([PrefixTuning(virtual_tokens=3)]).run(capture(plain)))
-    prefix, ids = live.prompt_encoder.default, torch.tensor(zoo.IDS)
+    prefix, ids = live.prompt_encoder.default, torch.tensor(IDS)
     layers = [tuple(x.repeat(2, 1, 1, 1) for x in prefix(layer)) for layer in range(2)]
     with torch.no_grad():
         want = plain(input_ids=ids, past_key_values=DynamicCache(layers)).logits

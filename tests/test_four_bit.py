@@ -40,8 +40,8 @@ from peftc.safetensors_file import read_header
 from peftc.storage import contents
 
 from .conftest import MakeAdapter, MakeCheckpoint, Tied, distance, logits
+from .families import SPECIMENS
 from .helpers import copied, edit, refuse
-from .zoo import SPECIMENS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -30,8 +30,8 @@ from peftc.passes.replicate_layers import ReplicateLayers
 from peftc.passes.resize_vocabulary import ResizeVocabulary
 
 from .conftest import ARCHITECTURES, MakeAdapter, MakeCheckpoint, auto, distance, logits
+from .families import COMMON, SPECIMENS
 from .helpers import copied
-from .zoo import SPECIMENS
 
 bnb: Any = pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -275,8 +275,8 @@ def test_skipped_name_that_ends_a_quantized_one_is_told_apart(tmp_path: Path) ->
     same(tmp_path / "out" / "base", 2)
 
 
-# But for plain modules, and Falcon, whose linear layers transformers does not quantize.
-@pytest.mark.parametrize("name", sorted(SPECIMENS.keys() - {"plain", "grouped", "falcon", *COUNTS}))
+# But for Falcon, whose linear layers transformers does not quantize.
+@pytest.mark.parametrize("name", sorted(COMMON.keys() - {"falcon", *COUNTS}))
 def test_every_architecture_is_loaded_the_same(name: str, tmp_path: Path) -> None:
     specimen = SPECIMENS[name]
     specimen.build().save_pretrained(tmp_path / "base")

@@ -25,8 +25,8 @@ from peftc.passes.replicate_layers import ReplicateLayers, needed
 from peftc.passes.untie import Untie
 
 from .conftest import MakeCheckpoint, Tied, auto, distance, logits, with_peft
+from .families import SPECIMENS
 from .test_structure import FAMILIES, keys, refused, run
-from .zoo import SPECIMENS
 
 
 def replicated_adapter(base: Path, folder: Path, ranges: list[list[int]]) -> Any:

@@ -30,7 +30,7 @@ from peftc.passes.resize_vocabulary import ResizeVocabulary
 from peftc.passes.untie import Untie
 
 from .conftest import MakeAdapter, MakeCheckpoint, Tied, auto, distance, logits, with_peft
-from .zoo import SPECIMENS
+from .families import COMMON, SPECIMENS
 from .zoo import run as zoo_run
 
 FAMILIES = ("llama", "gpt2", "qwen2")
@@ -320,7 +320,7 @@ def test_resize_is_refused_when_stored_ties_differ(tied: Tied, tmp_path: Path) -
             assert torch.equal(got[..., :97], logits(auto(folder)))
 
 
-@pytest.mark.parametrize("name", [n for n in SPECIMENS if n not in ("plain", "grouped", "vit")])
+@pytest.mark.parametrize("name", [n for n in COMMON if n != "vit"])
 def test_old_tokens_logits_are_the_same_bit_for_bit_on_every_architecture(
     name: str, tmp_path: Path
 ) -> None:
