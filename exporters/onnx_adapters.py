@@ -15,6 +15,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from peftc.artifact import Staging, digest, key_of
+from peftc.checkpoint import within
 from peftc.constants import Held
 from peftc.deltas import deltas, deviation, untold
 from peftc.errors import (
@@ -230,7 +231,7 @@ def check(
     """
     worst: dict[str, Any] = {"relative_error": 0.0, "at": None}
     for graph, name in files.items():
-        found, version = read(path / name)
+        found, version = read(within(path, name))
         for fqn, delta in branches.items():
             slot = slots[fqn]
             if graph.removesuffix(".onnx") not in slot.graphs:

@@ -18,7 +18,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 from peftc.artifact import AHEAD, LOG, MANIFEST, Artifact, claimed, obstacles
-from peftc.checkpoint import PEFT_PREFIX, Checkpoint, read_json
+from peftc.checkpoint import PEFT_PREFIX, Checkpoint, contained, read_json, subfolder
+from peftc.files import fresh, opened
 from peftc.safetensors_file import SafetensorsFile, TensorRef, read_header
 
 _PIECE_BYTES = 64 << 20  # between two pieces the thread waits for the interpreter's lock
@@ -121,7 +122,7 @@ class HeadStart:
 
     def _copy(self, file: SafetensorsFile, target: Path, touched: set[str]) -> None:
         runs = groupby(file.tensors.values(), lambda ref: ref.name.rpartition(".")[0] in touched)
-        with file.path.open("rb") as source, target.open("wb") as out:
+        with opened(file.path) as source, fresh(target) as out:
             info = os.fstat(source.fileno())
             copy = _Copy(file.path, [info.st_size, info.st_mtime_ns, info.st_ino])
             self._copies[file.path.name] = copy
@@ -168,7 +169,7 @@ def _inputs(source: Path, adapters: list[Path]) -> tuple[Path, list[Path]]:
         manifest = Artifact.open(source).manifest
         if manifest["kind"] == "apply":
             own = source / "base"
-            attached = [source / folder for folder in manifest["adapters"].values()]
+            attached = [subfolder(source, name) for name in manifest["adapters"].values()]
             return own if own.is_dir() else Path(manifest["source"]["path"]), attached + adapters
     if (source / "adapter_config.json").is_file() and not (source / "config.json").exists():
         config = read_json(source / "adapter_config.json", "a PEFT adapter")
@@ -181,7 +182,7 @@ def _touched(checkpoint: Checkpoint, adapters: list[Path]) -> set[str]:
     modules = {key.rpartition(".")[0] for key in checkpoint.tensors}
     touched: set[str] = set()
     for folder in adapters:
-        for key in read_header(folder / "adapter_model.safetensors").tensors:
+        for key in read_header(contained(folder, "adapter_model.safetensors")).tensors:
             parents = key.removeprefix(PEFT_PREFIX).split(".")[:-1]
             named = modules.intersection(accumulate(parents, "{}.{}".format))
             if not named:  # it is stored under another name, or in parts

@@ -32,6 +32,7 @@ from peftc.evaluate import (
     single_threaded,
     value,
 )
+from peftc.files import fresh, opened
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
 from peftc.reading import read
@@ -145,7 +146,7 @@ def _run(
     measured: dict[str, Any],
     head: HeadStart | None,
 ) -> None:
-    outputs = [_Output(stage.path / shard.name, shard) for shard in todo]
+    outputs = [_Output(stage.place(shard.name), shard) for shard in todo]
     writing: dict[Future[dict[str, Any]], tuple[_Output, int]] = {}
     sealing: dict[Future[str], _Output] = {}
     try:
@@ -190,7 +191,7 @@ class _Output:
         """Takes the file's place on the disk and writes its header."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.copied = head.adopt(self.shard.name, self.path) if head else {}
-        with self.path.open("r+b" if self.copied else "wb") as file:
+        with self.path.open("r+b") if self.copied else fresh(self.path) as file:
             reserve(file.fileno(), self.shard.size)
             file.write(self.shard.header)
 
@@ -283,7 +284,7 @@ def _header(file: OutputFile, table: Mapping[str, Any]) -> bytes:
             for ref, entry in zip(original.tensors.values(), table.values(), strict=True)
         )
     ):
-        with original.path.open("rb") as handle:
+        with opened(original.path) as handle:
             prefix = handle.read(8)
             return prefix + handle.read(struct.unpack("<Q", prefix)[0])
     text = json.dumps({"__metadata__": dict(file.metadata), **table}, separators=(",", ":"))
@@ -352,7 +353,8 @@ def _copy(
     ref: TensorRef, position: int, out: int, offset: int, on_bytes: Callable[[int], None]
 ) -> None:
     """Copies a tensor's bytes from `position` on; its place in `out` begins at `offset`."""
-    with _descriptor(ref.file, os.O_RDONLY) as source:
+    with opened(ref.file) as file:
+        source = file.fileno()
         while position < ref.nbytes:
             count = min(ref.nbytes - position, _COPY_BYTES)
             done = copy_piece(source, out, count, ref.start + position, offset + position)

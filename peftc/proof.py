@@ -239,7 +239,9 @@ def _inputs(model: nn.Module, path: Path) -> tuple[dict[str, torch.Tensor] | Non
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
         rows = [tokenizer(text)["input_ids"] for text in TEXTS]
         length = min(len(row) for row in rows)
         ids, origin = torch.tensor([row[:length] for row in rows]), "tokenized text"

@@ -11,6 +11,7 @@ import torch
 
 from peftc.constants import Leaf
 from peftc.errors import CheckpointError
+from peftc.files import descriptor
 from peftc.safetensors_file import TensorRef
 
 
@@ -57,7 +58,7 @@ class _OpenFile:
     """A file descriptor that closes with its last user."""
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = descriptor(path)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

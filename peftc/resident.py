@@ -228,9 +228,9 @@ def _misfit(key: str, where: str, what: str, fix: str) -> AdapterError:
 def _load(file: Path) -> Tensors:
     from safetensors.torch import load_file
 
-    if not file.is_file():
+    if not file.exists():
         raise AdapterError("is missing", where=str(file), fix=SAVE_AGAIN)
-    read_header(file)  # whose errors say what is damaged
+    read_header(contained(file.parent, file.name))  # whose errors say what is damaged
     return dict(load_file(file))
 
 

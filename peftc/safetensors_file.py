@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import CheckpointError, PeftcError
+from peftc.files import opened
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 BITS = {
@@ -60,9 +60,7 @@ def read_header(path: Path) -> SafetensorsFile:
         return CheckpointError(what, where=str(path), fix=fix)
 
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # before opening: a pipe would block
-            raise bad("is not a regular file")
-        with path.open("rb") as file:
+        with opened(path) as file:
             info = os.fstat(file.fileno())
             prefix = file.read(8)
             if len(prefix) < 8:

@@ -20,7 +20,9 @@ def tokenizer_of(program: Program) -> Any:
 
     path = program.source.checkpoint.path if hasattr(program.source, "checkpoint") else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises what it pleases
         raise TrainingError(
             f"has no tokenizer that transformers loads: {str(error).splitlines()[0]}",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
-    "errors", "extras", "progress", "safetensors_file", "checkpoint", "ops", "graphs",
+    "errors", "files", "extras", "progress", "safetensors_file", "checkpoint", "ops", "graphs",
     "constants", "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program",
     "patterns", "targets", "contract", "tuning", "examples", "token_rows", "scoring", "sources",
     "memory", "curve", "adapterhub", "adapter", "registry", "rules", "algebra", "factors",
@@ -32,8 +32,8 @@ ORDER = [
     "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
-    "patterns", "errors", "extras", "progress", "safetensors_file", "checkpoint", "targets",
-    "contract", "tuning", "examples", "runs", "curve", "cli_tune", "registry", "recipe",
+    "patterns", "errors", "files", "extras", "progress", "safetensors_file", "checkpoint",
+    "targets", "contract", "tuning", "examples", "runs", "curve", "cli_tune", "registry", "recipe",
     "artifact", "early", "terminal", "formats", "reports", "inspection", "cli_options",
     "cli_parts", "cli_plan", "cli", "passes.lora", "passes.dora", "passes.adalora", "passes.vera",
     "passes.ia3", "passes.bitfit", "adapterhub", "passes.bottleneck", "passes.placement",
