@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from peftc.checkpoint import read_json, within
 from peftc.errors import ArtifactError, PeftcError, raise_all
-from peftc.files import clashes, is_plain, opened, write
+from peftc.files import clashes, is_plain, lines, opened, write
 from peftc.files import fresh as new_file
 
 MANIFEST = "peftc.json"
@@ -54,7 +54,7 @@ class Staging:
         self.files: dict[str, Sealed] = {}
         self.notes: dict[str, Any] = {}
         self._log = root / LOG
-        first, *rest = _lines(self._log) or [{}]
+        first, *rest = lines(self._log) or [{}]
         if first != {"key": key} or _has_links(self.path):
             rest = []
             if self.path.exists():
@@ -404,18 +404,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "source tree"
     return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The log's whole lines; a line cut off by a kill ends it."""
-    lines = []
-    try:
-        with opened(path) as file:
-            for line in file:
-                lines.append(json.loads(line))
-    except (OSError, ValueError, RecursionError):
-        pass
-    return lines
 
 
 def _has_links(folder: Path) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import stat
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def descriptor(path: Path) -> int:
@@ -44,10 +45,24 @@ def content(path: Path, most: int) -> bytes:
         OSError: It cannot be read, or holds more than `most` bytes.
     """
     with opened(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
-    return data
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
+        return file.read(size)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log, a line each; one that was cut off by a kill ends it."""
+    found: list[dict[str, Any]] = []
+    try:
+        with opened(path) as file:
+            for line in file:
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    break
+                found.append(value)
+    except (OSError, ValueError, RecursionError):
+        pass
+    return found
 
 
 def fresh(path: Path) -> BinaryIO:

@@ -180,7 +180,10 @@ class Slots:
         tensors: Tensors = {}
         for site, pair in found.items():
             a, b = names_of(site)
-            factor = scale(site, pair["A"].shape[0])
+            try:
+                factor = scale(site, pair["A"].shape[0])
+            except (TypeError, ValueError, ArithmeticError) as error:
+                raise _misfit(site, where, f"has no scale: {error}", SAVE_AGAIN) from error
             tensors |= {a: pair["A"].float(), b: pair["B"].float() * factor}
         rank = max(pair["A"].shape[0] for pair in found.values())
         return self._padded(name, tensors, rank)
@@ -254,7 +257,8 @@ def _unlike_lora(config: Mapping[str, Any], where: str) -> list[PeftcError]:
 
 def _scales(config: Mapping[str, Any]) -> Any:
     """The scale of a site's LoRA of a rank: α/r, or α/√r, as PEFT has it."""
-    patterns = config.get("alpha_pattern") or {}
+    patterns = config.get("alpha_pattern")
+    patterns = patterns if isinstance(patterns, dict) else {}
 
     def scale(site: str, rank: int) -> float:
         key = pattern_key(patterns, site)

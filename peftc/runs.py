@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from peftc.artifact import claimed, fsync_folder
+from peftc.checkpoint import read_json
 from peftc.errors import ArtifactError, TrainingError
+from peftc.files import fresh, lines, opened, write
 
 PURPOSE = "training"
 SETTINGS, METRICS, SEAL = "run.json", "metrics.jsonl", "sealed"
@@ -46,8 +48,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The figures so far, a mapping for each step and for each evaluation."""
-        file = self.root / METRICS
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [line for line in lines(self.root / METRICS) if type(line.get("step")) is int]
 
     def begin(self, what: Mapping[str, Any], restart: bool) -> None:
         """Takes up what an earlier run left, if it was the same training.
@@ -65,7 +66,7 @@ class Run:
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         if file.exists():
-            self._compare(json.loads(file.read_text()), what)
+            self._compare(read_json(file, "a training's working directory"), what)
         for partial in set(self.root.glob(f"{PREFIX}*")) - set(self.checkpoints):
             shutil.rmtree(partial)
         step = step_of(self.last) if self.last else 0
@@ -75,7 +76,8 @@ class Run:
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         plain = json.loads(json.dumps(now))
-        old, new = before.get("settings", {}), plain["settings"]
+        old, new = before.get("settings"), plain["settings"]
+        old = old if isinstance(old, dict) else {}
         changed = [f"{name} was {old.get(name)!r} and is {value!r}"
                    for name, value in new.items() if old.get(name) != value]  # fmt: skip
         changed += [f"the {part} is another" for part in plain
@@ -105,9 +107,9 @@ class Run:
         """
         try:
             for file in (path for path in checkpoint.rglob("*") if path.is_file()):
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            with (checkpoint / SEAL).open("w") as seal:
+                with opened(file) as written:
+                    os.fsync(written.fileno())
+            with fresh(checkpoint / SEAL) as seal:
                 os.fsync(seal.fileno())
             fsync_folder(checkpoint)
             fsync_folder(self.root)
@@ -134,9 +136,9 @@ class Run:
         return f"from step {step_of(self.last)}" if self.last else "from the beginning"
 
     def _replace(self, name: str, text: str) -> None:
-        fresh = self.root / f"{name}.new"
-        fresh.write_text(text)
-        fresh.replace(self.root / name)
+        staged = self.root / f"{name}.new"
+        write(staged, text)
+        staged.replace(self.root / name)
 
 
 @contextmanager

@@ -92,13 +92,13 @@ class Text:
             (written,), _ = render_jinja_template(
                 [list(messages)], chat_template=source, add_generation_prompt=True, **tokens
             )
+            return list(self.tokenizer.encode(written, add_special_tokens=False).ids)
         except Exception as error:  # a template may raise anything
             raise RunError(
                 f"the chat template refuses the messages: {error}",
                 where=str(self.folder),
                 fix="ask without --system, or without --chat",
             ) from error
-        return list(self.tokenizer.encode(written, add_special_tokens=False).ids)
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens, as soon as characters are whole; special tokens are left out."""
