@@ -30,6 +30,7 @@ from peftc.exporters.onnx_lowering import ONNX_TYPES
 from peftc.exporters.onnx_needs import onnxruntime
 from peftc.exporters.onnx_slots import Slot
 from peftc.factors import Delta, product
+from peftc.files import opened
 from peftc.program import Program
 from peftc.targets import LINEARS
 
@@ -196,6 +197,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         AdapterError: It is none.
     """
     try:
+        opened(path).close()  # which a pipe or a device does not let by
         form = onnxruntime.AdapterFormat.read_adapter(str(path))
         found = form.get_parameters()
         tensors = {name: from_dlpack(value).clone() for name, value in found.items()}

@@ -11,6 +11,7 @@ from peftc.checkpoint import INDEX
 from peftc.constants import Constant, Derived, Leaf
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError
+from peftc.files import LARGEST, content
 from peftc.link import Shard, link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
@@ -106,10 +107,10 @@ def write_model(
     shards: list[Shard] | None = None,
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
-    kept = {name: path.read_bytes() for name, path in program.source.companions().items()}
-    for name, content in {**kept, **edited(program)}.items():
+    kept = {name: content(path, LARGEST) for name, path in program.source.companions().items()}
+    for name, data in {**kept, **edited(program)}.items():
         if name != INDEX or shards != []:  # which names files that are not written
-            stage.add(folder + name, content)
+            stage.add(folder + name, data)
     watch = watcher(program)
     return link(
         program,

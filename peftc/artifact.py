@@ -83,7 +83,7 @@ class Staging:
             ArtifactError: It leads out of the directory, or differs from another file's by the case
                 of its letters alone, so that some disks would take the two for one.
         """
-        if not all(part and is_plain(part) for part in name.split("/")):
+        if not all(is_plain(part) for part in name.split("/")):
             raise ArtifactError(
                 f"{name!r} is no name of a file in it", where=str(self.target), fix="rename it"
             )

@@ -186,7 +186,7 @@ def subfolder(root: Path, name: str) -> Path:
     path = root
     for part in name.split("/"):
         path /= part
-        if not (part and is_plain(part)) or path.is_symlink():
+        if not is_plain(part) or path.is_symlink():
             raise CheckpointError(
                 f"names the folder {name!r}, which leads out of it",
                 where=str(root),

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from peftc.artifact import Artifact
-from peftc.checkpoint import contained
+from peftc.checkpoint import within
 from peftc.errors import ArtifactError
-from peftc.safetensors_file import read_header
+from peftc.reading import tensors
 from peftc.virtual import Numbering
 
 FILE = "constant_cache.safetensors"
@@ -74,12 +73,10 @@ class ConstantCache:
             raise damage[0]
         said = beside or artifact.manifest
         with artifact.described():
-            file = contained(artifact.path, said.get("file", FILE))
-            read_header(file)  # whose errors say what is damaged
-            tensors = load_file(file)
-            count = sum(name.endswith(".key") for name in tensors)
+            stored = tensors(within(artifact.path, said.get("file", FILE)))
+            count = sum(name.endswith(".key") for name in stored)
             names = said.get("layers") or [(f"{i}.key", f"{i}.value") for i in range(count)]
-            layers = tuple((tensors[key], tensors[value]) for key, value in names)
+            layers = tuple((stored[key], stored[value]) for key, value in names)
             numbering = None if said["numbering"] is None else Numbering(**said["numbering"])
             found = cls(layers, numbering, dict(said["shapes"]))
             if not layers or any(len(x.shape) != 4 for pair in layers for x in pair):

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+LARGEST = 1 << 30  # bytes of a file that is read whole, where nothing says less
+
 
 def descriptor(path: Path) -> int:
     """Opens a regular file to read, without waiting: a pipe would hold who opens it.
@@ -84,7 +86,12 @@ def write(path: Path, data: bytes | str) -> None:
 
 def is_plain(name: str) -> bool:
     """Whether a name is one of a file, and no way to another folder."""
-    return name == Path(name).name and "\\" not in name and name.isprintable() and name != ".."
+    return (
+        name == Path(name).name
+        and "\\" not in name
+        and name.isprintable()
+        and name not in ("", "..")
+    )
 
 
 def clashes(names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from peftc import graphs
 from peftc.checkpoint import Checkpoint, cache_folder, digest_bytes, read_json
 from peftc.conversion import Conversion, conversions_of
 from peftc.errors import CaptureError
+from peftc.files import LARGEST, content
 from peftc.kinds import LINEAR, dump, expert_kinds, kind_of
 from peftc.roles import Roles, trace
 from peftc.tracing import trace_linear
@@ -153,7 +154,7 @@ def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
     key = digest_bytes("|".join(parts).encode() + config)
     path = cache_folder() / "outlines" / f"{key}.json"
     try:
-        return Outline.model_validate_json(path.read_bytes())
+        return Outline.model_validate_json(content(path, LARGEST))
     except (OSError, ValidationError):
         model = skeleton(checkpoint)
         outline = outline_of(model)

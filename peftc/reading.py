@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from peftc.checkpoint import contained
 from peftc.constants import Leaf
 from peftc.errors import CheckpointError
 from peftc.files import descriptor
-from peftc.safetensors_file import TensorRef
+from peftc.safetensors_file import TensorRef, read_header
 
 
 def read(leaf: Leaf, low: int = 0, high: int | None = None) -> torch.Tensor:
@@ -24,6 +25,25 @@ def read(leaf: Leaf, low: int = 0, high: int | None = None) -> torch.Tensor:
     row = ref.nbytes // max(1, shape[0])
     raw = _read_bytes(ref.file, ref.start + low * row, (high - low) * row)
     return raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a small file, such as an adapter's.
+
+    Raises:
+        CheckpointError: It is missing or damaged, a link out of its folder, or of a dtype that
+            torch does not have.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    read_header(contained(path.parent, path.name))  # whose errors say what is damaged
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(
+            f"cannot be read: {error}", where=str(path), fix="download or write it again"
+        ) from error
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

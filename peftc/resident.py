@@ -28,7 +28,7 @@ from peftc.errors import (
     raise_all,
 )
 from peftc.patterns import pattern_key
-from peftc.safetensors_file import read_header
+from peftc.reading import tensors
 
 ROWS, SWAP = "rows", "swap"
 CANONICAL = "make a plain LoRA of it: peftc export … --format peft --canonical"
@@ -229,12 +229,9 @@ def _misfit(key: str, where: str, what: str, fix: str) -> AdapterError:
 
 
 def _load(file: Path) -> Tensors:
-    from safetensors.torch import load_file
-
     if not file.exists():
         raise AdapterError("is missing", where=str(file), fix=SAVE_AGAIN)
-    read_header(contained(file.parent, file.name))  # whose errors say what is damaged
-    return dict(load_file(file))
+    return tensors(file)
 
 
 def _unlike_lora(config: Mapping[str, Any], where: str) -> list[PeftcError]:

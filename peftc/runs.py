@@ -137,8 +137,11 @@ class Run:
 
     def _replace(self, name: str, text: str) -> None:
         staged = self.root / f"{name}.new"
-        write(staged, text)
-        staged.replace(self.root / name)
+        try:
+            write(staged, text)
+            staged.replace(self.root / name)
+        except OSError as error:
+            raise self.unwritten(error) from error
 
 
 @contextmanager

@@ -83,6 +83,10 @@ def read_header(path: Path) -> SafetensorsFile:
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise bad("its __metadata__ is not a JSON object of strings")
     try:
+        "".join([*metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise bad("its __metadata__ is no text") from error
+    try:
         refs = [_ref(path, name, entry, 8 + length) for name, entry in header.items()]
     except PeftcError as error:
         raise bad(error.what) from error

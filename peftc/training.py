@@ -28,6 +28,7 @@ from peftc.errors import DataError, Interrupted, PeftcError, TrainingError, rais
 from peftc.examples import read_examples
 from peftc.exporters.to_safetensors import folders
 from peftc.extras import lacking
+from peftc.files import LARGEST, content
 from peftc.link import plan
 from peftc.live import absorb, materialize
 from peftc.memory import peak, reset_peak
@@ -107,7 +108,7 @@ def tune(
         if not first:
             return Artifact(target, {"training": figures})
         progress.stage("publish")
-        files = {FIGURES + METRICS: (run.root / METRICS).read_bytes()}
+        files = {FIGURES + METRICS: content(run.root / METRICS, LARGEST)}
         if tuning.plot:
             files[FIGURES + "loss.png"] = draw(run.metrics)
         artifact = write_applied(

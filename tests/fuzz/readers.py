@@ -143,25 +143,25 @@ def readers() -> dict[str, Reader]:
     config, weights = as_bytes(CONFIG), {"model.safetensors": TWO}
     adapter = {"adapter_model.safetensors": TWO}
     found = [
-        Reader("header", "x", {}, header, (TWO, ONE), share=3),
+        Reader("header", "x", {}, header, (TWO, ONE), share=6),
         Reader(
             "index", "model.safetensors.index.json",
             {"config.json": config, "x.safetensors": TWO}, Checkpoint.open,
             (as_bytes(INDEX), as_bytes({"weight_map": {"a.weight": "../x.safetensors"}})),
         ),
-        Reader("config", "config.json", weights, Checkpoint.open, (config,)),
+        Reader("config", "config.json", weights, Checkpoint.open, (config,), share=2),
         Reader(
             "adapter", "adapter_config.json", adapter, AdapterDirectory.open,
-            (as_bytes(LORA), as_bytes(HUB)),
+            (as_bytes(LORA), as_bytes(HUB)), share=2,
         ),
         Reader("manifest", "peftc.json", {"config.json": b"{}", "a/b.json": b"{}"}, manifest,
-               (as_bytes(MANIFEST),)),
+               (as_bytes(MANIFEST),), share=3),
         Reader("recipe", "r.yaml", {}, lambda root: Recipe.load(root / "r.yaml"), (RECIPE, BOMB),
-               share=0.6),
+               share=0.3),
         Reader("attach", "adapter_config.json", {"adapter_model.safetensors": LORA_WEIGHTS},
-               attached, (as_bytes(LORA), as_bytes(RICH)), share=0.4),
+               attached, (as_bytes(LORA), as_bytes(RICH)), share=0.2),
         Reader("capture", "config.json", {"model.safetensors": LLAMA_WEIGHTS}, captured,
-               (as_bytes(LLAMA),), share=0.03),
+               (as_bytes(LLAMA),), share=0.015),
         Reader(
             "onnx", "model.onnx", {"x.safetensors": TWO}, onnx_data,
             (onnx_seed("x.safetensors"), onnx_seed("../x"), onnx_seed("x.safetensors", 9, 2**62)),

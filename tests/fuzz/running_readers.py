@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from peftc.artifact import Artifact, Staging
+from peftc.artifact import Artifact, staging
 from peftc.constant_cache import ConstantCache
 from peftc.constants import Held, Leaf
 from peftc.errors import raise_all
@@ -113,7 +113,8 @@ def resident(root: Path) -> Any:
 
 def log(root: Path) -> Any:
     """What an interrupted export left."""
-    return Staging(root, root.parent / "out", "k").files
+    with staging(root.parent / "out", key="k", need=0, sources=[], claim=root) as stage:
+        return stage.files
 
 
 def run(root: Path) -> Any:
@@ -194,21 +195,21 @@ def running_readers() -> list[Reader]:
         Reader("tokenizer", "tokenizer.json", model, chat, (tokenizer(),), share=0.3),
         Reader("endings", "config.json", model, chat, (ends,), share=0.3),
         Reader("genai", "genai_config.json", {}, lambda root: raise_all(dangers(root)),
-               (as_bytes({"model": genai, "search": {"max_length": 9}}),)),
+               (as_bytes({"model": genai, "search": {"max_length": 9}}),), share=3),
         Reader("cache", "peftc.json", file, ConstantCache.open,
                (told("cache", file, **numbering),), share=0.3),
         Reader("slots", "peftc.json", {"adapters/one.onnx_adapter": onnx_adapter()}, slots,
-               (told("onnx", onnx=onnx),)),
+               (told("onnx", onnx=onnx),), share=2),
         Reader("onnx_adapter", "x.onnx_adapter", {}, lambda root: read(root / "x.onnx_adapter"),
                (onnx_adapter(),), share=0.3),
-        Reader("pt2", "peftc.json", file, compiled, (told("pt2", pt2=pt2),), share=0.5),
+        Reader("pt2", "peftc.json", file, compiled, (told("pt2", pt2=pt2),)),
         Reader("resident", "adapter_config.json", {"adapter_model.safetensors": LORA_OF_SLOT},
                resident, (as_bytes(lora),), share=0.3),
         Reader("log", "done.jsonl", {"tree/a.json": b"{}"}, log,
                (as_bytes({"key": "k"}) + b"\n" + as_bytes(line) + b"\n",), share=0.3),
-        Reader("part", "part.json", {}, _told, (as_bytes(part),), share=0.5),
+        Reader("part", "part.json", {}, _told, (as_bytes(part),), share=2),
         Reader("settings", "run.json", {}, run,
-               (as_bytes({"settings": {"rank": 2}, "model": "m"}),), share=0.3),
+               (as_bytes({"settings": {"rank": 2}, "model": "m"}),)),
         Reader("metrics", "metrics.jsonl", {"checkpoint-1/sealed": b""}, run,
                (as_bytes(step) + b"\n" + as_bytes({**step, "step": 2}) + b"\n",), share=0.3),
         Reader("four_bit", "x.safetensors", {}, weights, (four_bit(False), four_bit(True)), 0.3),
