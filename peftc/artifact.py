@@ -338,7 +338,7 @@ class Artifact:
         """
         try:
             yield
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             wrong = error.errors()[0] if isinstance(error, ValidationError) else None
             at = ".".join(map(str, wrong["loc"])) if wrong else ""
             raise ArtifactError(

@@ -203,8 +203,9 @@ def loaded(checkpoint: Checkpoint) -> nn.Module:
     if parts_of(checkpoint.tensors):
         return materialize(capture(checkpoint.path), dtype=torch.float32)
     model: Any = architecture(checkpoint).from_pretrained(
-        checkpoint.path, dtype=torch.float32, local_files_only=True
-    )
+        checkpoint.path, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+        trust_remote_code=False,
+    )  # fmt: skip
     module: nn.Module = model.eval()
     return module
 

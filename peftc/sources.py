@@ -35,7 +35,8 @@ def tokenizer_of(program: Program) -> Any:
 def limit_of(program: Program, tokenizer: Any) -> int:
     """The most tokens that a model takes."""
     config: Any = program.source.checkpoint.config if hasattr(program.source, "checkpoint") else {}
-    text = config.get("text_config") or config
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
     known = (text.get(name) for name in ("max_position_embeddings", "n_positions"))
     numbers = [n for n in (*known, tokenizer.model_max_length) if isinstance(n, int)]
     return min([*numbers, LONGEST])

@@ -19,6 +19,7 @@ from peftc.artifact import MANIFEST, Artifact, Staging, claimed, staging
 from peftc.checkpoint import Checkpoint, read_json
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, RunError, Violations
 from peftc.runs import working
+from peftc.terminal import Terminal
 
 from .conftest import MakeAdapter, MakeCheckpoint
 from .fuzz.reader import Reader, as_bytes, zeros
@@ -437,6 +438,11 @@ def test_settings_that_load_libraries_are_refused(setting: str, tmp_path: Path) 
     (tmp_path / "genai_config.json").write_bytes(as_bytes({"model": {"decoder": decoder}}))
     with pytest.raises(RunError, match="peftc does not write"):
         GenAI(tmp_path, None)
+
+
+def test_errors_show_no_escapes_to_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    Terminal().error(CheckpointError("a\x1b]0;b\x07", where="\x1b[2J[red]x", fix="\x9b31m"))
+    assert not set("\x1b\x07\x9b") & set(capfd.readouterr().err)
 
 
 def test_adapter_s_path_in_a_recipe_is_no_way_into_other_files(tmp_path: Path) -> None:

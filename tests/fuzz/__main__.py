@@ -9,6 +9,7 @@ What fails is kept in tests/fuzz/corpus/, which the tests read again. Exit code 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import math
 import random
@@ -20,6 +21,7 @@ from collections import Counter
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from peftc.errors import PeftcError
@@ -28,6 +30,8 @@ from tests.fuzz.reader import Reader
 from tests.fuzz.readers import readers
 
 CORPUS = Path(__file__).parent / "corpus"
+COVERAGE = Path(__file__).parent / "coverage"
+INSTRUMENTED = ("peftc", "json", "yaml", "jinja2", "pydantic")
 SLOW = 2.0  # seconds of the processor that an input may take
 GROWTH = 256 << 20  # bytes that a reader may need above what it began with
 KEPT = 500  # inputs that a reader begins from, at most
@@ -119,21 +123,28 @@ def by_mutation(reader: Reader, runs: int, seed: int, seconds: float = math.inf)
     return len(failures)
 
 
-def by_atheris(reader: Reader, runs: int) -> None:
-    """Lets libFuzzer look for new paths through peftc's readers; it ends the process."""
-    atheris: Any = import_module("atheris")
+def by_atheris(reader: Reader, runs: int, seed: int) -> None:
+    """Lets libFuzzer look for new paths through peftc's readers; it ends the process.
 
+    What brings new paths is left in tests/fuzz/coverage/, for the next run to begin from.
+    """
+    atheris: Any = import_module("atheris")
+    for function in gc.get_objects():  # no more than these: all of torch would take minutes
+        if isinstance(function, FunctionType) and str(function.__module__).startswith(INSTRUMENTED):
+            atheris.instrument_func(function)
+    kept = COVERAGE / reader.name
+    kept.mkdir(parents=True, exist_ok=True)
     with reader.folder() as root:
 
         def one(data: bytes) -> None:
             tried(reader, root, data)
 
-        atheris.instrument_all()
         first = root / "seeds"
         first.mkdir()
         for number, data in enumerate([*reader.seeds, *corpus(reader)]):
             (first / str(number)).write_bytes(data)
-        atheris.Setup([sys.argv[0], f"-runs={runs}", "-max_len=4096", str(first)], one)
+        options = [f"-runs={runs}", f"-seed={seed + 1}", "-max_len=4096", "-print_final_stats=1"]
+        atheris.Setup([sys.argv[0], *options, str(kept), str(first)], one)
         atheris.Fuzz()
 
 
@@ -151,7 +162,7 @@ def main() -> int:
     if given.engine == "atheris":
         if len(chosen) != 1:
             parser.error("libFuzzer ends its process: name one --reader")
-        by_atheris(next(iter(chosen.values())), given.runs)
+        by_atheris(next(iter(chosen.values())), given.runs, given.seed)
     heads = "reader", "inputs", "read", "refused by", "kinds", "slowest", "growth", "failures"
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
     each = given.runs / sum(reader.share for reader in chosen.values())

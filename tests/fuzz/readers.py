@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from peftc.checkpoint import Checkpoint
 from peftc.errors import raise_all
 from peftc.recipe import Recipe
 from peftc.safetensors_file import read_header
+from peftc.terminal import Terminal
 from tests.fuzz.reader import Reader, as_bytes, safetensors, tensor, zeros
 from tests.fuzz.running_readers import running_readers
 
@@ -75,6 +78,14 @@ def onnx_seed(location: str, offset: int = 0, length: int = 24) -> bytes:
 def manifest(root: Path) -> Any:
     """A manifest, and whether its files are sound."""
     raise_all(Artifact.open(root).damage())
+
+
+def shown(root: Path) -> Any:
+    """What `peftc inspect` says of a folder, in whatever it holds."""
+    from peftc.inspection import inspect
+
+    with redirect_stdout(io.StringIO()):
+        return inspect(str(root), Terminal(as_json=True, quiet=True))
 
 
 def header(root: Path) -> Any:
@@ -166,6 +177,11 @@ def readers() -> dict[str, Reader]:
             "onnx", "model.onnx", {"x.safetensors": TWO}, onnx_data,
             (onnx_seed("x.safetensors"), onnx_seed("../x"), onnx_seed("x.safetensors", 9, 2**62)),
         ),
+        Reader("inspect", "peftc.json", {**weights, "config.json": config}, shown,
+               (as_bytes({**MANIFEST, "proof": {"site": {"relative_error": 1, "bound": 1}}}),)),
+        Reader("inspect_adapter", "adapter_config.json", {**adapter, "adapter.safetensors": TWO},
+               shown, (as_bytes(RICH), as_bytes(HUB)), share=0.5),
+        Reader("inspect_config", "config.json", weights, shown, (as_bytes(LLAMA),), share=0.5),
         *running_readers(),
     ]  # fmt: skip
     return {reader.name: reader for reader in found}
