@@ -173,7 +173,7 @@ def _slot(root: Path, name: str) -> object:
 def _cache(root: Path, name: str) -> object:
     from peftc.constant_cache import ConstantCache
 
-    said = {"numbering": None, "shapes": {}, "layers": [["w", "w"]]}
+    said: dict[str, Any] = {"numbering": None, "shapes": {}, "layers": [["w", "w"]]}
     (root / MANIFEST).write_bytes(told("cache", file=name, **said))
     return ConstantCache.open(root)
 
