@@ -34,6 +34,7 @@ COVERAGE = Path(__file__).parent / "coverage"
 INSTRUMENTED = ("peftc", "json", "yaml", "jinja2", "pydantic")
 SLOW = 2.0  # seconds of the processor that an input may take
 GROWTH = 256 << 20  # bytes that a reader may need above what it began with
+FEWEST = 5  # inputs of each reader, however short the time
 KEPT = 500  # inputs that a reader begins from, at most
 
 
@@ -88,14 +89,15 @@ def by_mutation(reader: Reader, runs: int, seed: int, seconds: float = math.inf)
     """Reads mutations of the seeds, and of what was new in its outcome; prints what failed."""
     rng, failures, seen = random.Random(f"{reader.name} {seed}"), set[str](), Counter[str]()
     sound, pool, kinds = reader.seeds, [*reader.seeds, *corpus(reader)], set[tuple[str, str]]()
-    end, done, slowest = time.monotonic() + seconds, 0, 0.0
+    done, slowest = 0, 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with reader.folder() as root:
         for data in reader.seeds:  # the first imports what it needs, and counts for nothing
             with suppress(PeftcError):
                 reader.feed(root, data)
         limit(8 * GROWTH)
-        while done < runs and time.monotonic() < end:
+        end = time.monotonic() + seconds
+        while done < min(runs, FEWEST) or (done < runs and time.monotonic() < end):
             done += 1
             # What is broken already is refused early: half of the inputs are one step off.
             data = mutated(rng.choice(sound if rng.random() < 0.5 else pool), rng)
