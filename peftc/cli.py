@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -353,6 +354,7 @@ def completion(shell: str) -> None:
 
 def main() -> None:
     """The entry point: runs the command line and turns errors into exit codes."""
+    gc.set_threshold(100_000, 50, 100)  # imports make a million objects, and all of them stay
     try:
         code = cli.main(prog_name="peftc", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -1,41 +1,37 @@
 """The head start: tensors that a merge will most likely leave as they are, copied meanwhile.
 
-Importing torch takes more than a second of one core. In that time a thread copies, within the
-kernel, the bytes of modules that no adapter names into files of the claimed staging directory that
-are no part of the artifact. It is a guess, and nothing depends on it: the linker takes those files
-over, skips bytes that are the very ones it would copy, of unchanged files, and writes all others.
+Importing torch takes more than a second of one core. In that time a thread copies the blocks of
+modules that no adapter names into files of the claimed staging directory that are no part of the
+artifact. It is a guess, and nothing depends on it: the linker takes those files over, does not
+write blocks again that are the very ones it would write, of unchanged files, and writes all others.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate, count
 from pathlib import Path
 from threading import Event, Thread
 
+from peftc import direct
 from peftc.artifact import AHEAD, LOG, MANIFEST, Artifact, claimed, obstacles
 from peftc.checkpoint import PEFT_PREFIX, Checkpoint, contained, read_json, subfolder
-from peftc.files import fresh, opened
-from peftc.safetensors_file import SafetensorsFile, TensorRef, read_header
+from peftc.files import opened
+from peftc.safetensors_file import SafetensorsFile, read_header
 
-_PIECE_BYTES = 64 << 20  # between two pieces the thread waits for the interpreter's lock
-_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_RUN = 16  # blocks that are copied at once: between two calls the interpreter's lock is waited for
 
 
 @dataclass
 class _Copy:
-    """A file of the source: its size, time and inode, and how far its runs of tensors are copied.
-
-    A run is of neighbours, and is copied up to an offset.
-    """
+    """A file of the source: its size, time and inode, and which of its blocks are copied."""
 
     path: Path
     state: list[int]
-    runs: list[tuple[list[TensorRef], int]] = field(default_factory=list)
+    blocks: set[int] = field(default_factory=set)
 
 
 class HeadStart:
@@ -57,6 +53,7 @@ class HeadStart:
         self._claim: Path | None = None  # the staging directory, once it is held
         self._copies: dict[str, _Copy] = {}  # by the file's name
         self._ended = Event()
+        self._memory = direct.memory(_RUN)
         self._thread = Thread(target=self._guess, name="peftc-head-start", daemon=True)
 
     def __enter__(self) -> HeadStart:
@@ -80,25 +77,20 @@ class HeadStart:
         self._end()
         for copy in self._copies.values():
             if states.get(str(copy.path)) != copy.state:
-                copy.runs.clear()
+                copy.blocks.clear()
         return self._claim
 
-    def adopt(self, name: str, path: Path) -> dict[TensorRef, int]:
+    def adopt(self, name: str, path: Path) -> tuple[Path, set[int]] | None:
         """Moves a file to where the linker wants it, if any of it was copied.
 
         Returns:
-            How many bytes of its tensors lie in it, where they lie in the source.
+            The source's file, and the numbers of its blocks that lie in this one too.
         """
         copy = self._copies.pop(name, None)
         if copy is None or self._claim is None:
-            return {}
+            return None
         (self._claim / AHEAD / name).replace(path)
-        return {
-            ref: min(end - ref.start, ref.nbytes)
-            for run, end in copy.runs
-            for ref in run
-            if ref.start < end
-        }
+        return copy.path, copy.blocks
 
     def _end(self) -> None:
         self._ended.set()
@@ -121,46 +113,37 @@ class HeadStart:
                 self._copy(file, self._claim / AHEAD / file.path.name, touched)
 
     def _copy(self, file: SafetensorsFile, target: Path, touched: set[str]) -> None:
-        runs = groupby(file.tensors.values(), lambda ref: ref.name.rpartition(".")[0] in touched)
-        with opened(file.path) as source, fresh(target) as out:
+        spans = [
+            (ref.start // direct.BLOCK, -(-(ref.start + ref.nbytes) // direct.BLOCK))
+            for ref in file.tensors.values()
+            if ref.name.rpartition(".")[0] in touched
+        ]
+        changed = {number for span in spans for number in range(*span)}
+        with opened(file.path) as source:
             info = os.fstat(source.fileno())
             copy = _Copy(file.path, [info.st_size, info.st_mtime_ns, info.st_ino])
-            self._copies[file.path.name] = copy
-            reserve(out.fileno(), file.size)
-            for changes, tensors in runs:
-                run = list(tensors)
-                position, end = run[0].start, run[-1].start + run[-1].nbytes
-                while position < end and not changes:
-                    if self._ended.is_set():
+            direct.reserve(target, file.size)
+            out, room = direct.opened(target), memoryview(self._memory)
+            try:
+                self._copies[file.path.name] = copy
+                # Not the first, of the header, and none that is not whole.
+                for first, blocks in _runs(set(range(1, file.size // direct.BLOCK)) - changed):
+                    place, part = first * direct.BLOCK, room[: blocks * direct.BLOCK]
+                    if self._ended.is_set() or not direct.read_into(source.fileno(), part, place):
                         return
-                    count = min(end - position, _PIECE_BYTES)
-                    done = copy_piece(source.fileno(), out.fileno(), count, position, position)
-                    if not done:
-                        return
-                    position += done
-                    copy.runs.append((run, position))
+                    direct.write(out, part, len(part), place)
+                    copy.blocks.update(range(first, first + blocks))
+            finally:
+                os.close(out)
 
 
-def copy_piece(source: int, out: int, count: int, start: int, offset: int) -> int:
-    """Copies bytes between files within the kernel, or through memory where it cannot.
-
-    Returns:
-        How many; 0 at the source's end.
-    """
-    try:
-        return os.copy_file_range(source, out, count, start, offset)
-    except OSError as error:
-        if error.errno not in _NO_KERNEL_COPY:
-            raise
-        return os.pwrite(out, os.pread(source, count, start), offset)
-
-
-def reserve(out: int, size: int) -> None:
-    """Takes a file's place on the disk, unless it has it."""
-    if os.fstat(out).st_size != size:
-        os.ftruncate(out, size)
-        if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(out, 0, size)
+def _runs(numbers: set[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours among blocks: the first of them, and how many."""
+    for first in sorted(numbers):
+        if first - 1 not in numbers:
+            end = next(number for number in count(first) if number not in numbers)
+            for start in range(first, end, _RUN):
+                yield start, min(_RUN, end - start)
 
 
 def _inputs(source: Path, adapters: list[Path]) -> tuple[Path, list[Path]]:

@@ -1,8 +1,8 @@
 """The linker: writes a program's tensors into files, a few rows in memory at a time.
 
-Files, names and order are the source's. A tensor that no pass touched is copied by the kernel; the
-others are evaluated in fp32, rows by rows that stay in a core's cache, rounded once, and written in
-place. Units of work run on one thread per core; each file's hash follows its writing.
+Files, names and order are the source's. A tensor that no pass touched is read as it is; the others
+are evaluated in fp32, rows by rows that stay in a core's cache, and rounded once. Units of work run
+on one thread per core and fill the files' blocks, which are hashed and written as they are full.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Condition
 from typing import Any, Protocol
 
 import torch
-from blake3 import blake3
 
+from peftc import direct
 from peftc.artifact import Staging
+from peftc.blocks import BlockFile, Room
 from peftc.constants import DTYPE_NAMES, Constant, Derived, Leaf
-from peftc.early import HeadStart, copy_piece, reserve
+from peftc.early import HeadStart
 from peftc.errors import CheckpointError
 from peftc.evaluate import (
     Evaluation,
@@ -32,7 +32,7 @@ from peftc.evaluate import (
     single_threaded,
     value,
 )
-from peftc.files import fresh, opened
+from peftc.files import descriptor, opened
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
 from peftc.reading import read
@@ -40,8 +40,6 @@ from peftc.safetensors_file import TensorRef
 from peftc.storage import contents
 
 UNIT_BYTES = 32 << 20
-_COPY_BYTES = 1 << 20
-_SYNC_BYTES = 256 << 20
 
 
 class Watcher(Protocol):
@@ -125,121 +123,75 @@ def link(
         single_threaded(),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ThreadPoolExecutor(workers) as sealers,
+        ThreadPoolExecutor(2 * workers) as writers,
     ):
+        room = Room((workers + 2) * (UNIT_BYTES // direct.BLOCK))
         try:
-            _run(todo, stage, pool, sealers, workers, watch, progress.advance, measured, head)
+            outputs = [_output(stage.place(shard.name), shard, room, head) for shard in todo]
+            sealing = {sealers.submit(output.file.seal, writers): output for output in outputs}
+            writing = {
+                pool.submit(_write, output, number, watch, progress.advance): output
+                for output, number in _order(outputs, workers)
+            }
+            _finish(sealing, writing, stage)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
-            sealers.shutdown(cancel_futures=True)
+            room.fail()
+            for executor in (pool, sealers):
+                executor.shutdown(cancel_futures=True)
             raise
-    return measured
+    return measured | {key: item for output in outputs for key, item in output.notes.items()}
 
 
-def _run(
-    todo: list[Shard],
+def _finish(
+    sealing: dict[Future[str], _Output],
+    writing: dict[Future[dict[str, Any]], _Output],
     stage: Staging,
-    pool: ThreadPoolExecutor,
-    sealers: ThreadPoolExecutor,
-    workers: int,
-    watch: Watch,
-    on_bytes: Callable[[int], None],
-    measured: dict[str, Any],
-    head: HeadStart | None,
 ) -> None:
-    outputs = [_Output(stage.place(shard.name), shard) for shard in todo]
-    writing: dict[Future[dict[str, Any]], tuple[_Output, int]] = {}
-    sealing: dict[Future[str], _Output] = {}
-    try:
-        for output in outputs:
-            output.create(head)
-            on_bytes(len(output.shard.header))
-            sealing[sealers.submit(output.seal)] = output
-        for output, number in _order(outputs, workers):
-            unit = output.units[number]
-            writing[pool.submit(_write, output, unit, watch, on_bytes)] = output, number
-        waiting: set[Future[Any]] = {*writing, *sealing}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                if future in writing:
-                    output, number = writing[future]
-                    output.finish(number, future.result())
-                else:
-                    output = sealing[future]
-                    stage.seal(output.shard.name, future.result(), output.notes)
-                    measured |= output.notes
-    except BaseException:
-        for output in outputs:
-            output.fail()
-        raise
+    """Waits for units and files as they end; seals a file when all that is known of it is there."""
+    left = Counter(writing.values())
+    digests: dict[str, str] = {}
+    futures: list[Future[Any]] = [*writing, *sealing]
+    for future in as_completed(futures):
+        if future in writing:
+            output = writing[future]
+            output.notes |= future.result()
+            left[output] -= 1
+        else:
+            output = sealing[future]
+            digests[output.shard.name] = future.result()
+        name = output.shard.name
+        if not left[output] and name in digests:
+            stage.seal(name, digests.pop(name), output.notes)
 
 
+@dataclass(eq=False)
 class _Output:
-    """A file under construction: its units may end in any order, its hash follows behind."""
+    """A file under construction, what it is made of, and what the watchers measured."""
 
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self.path, self.shard = path, shard
-        self.units = list(_units(shard.entries))
-        self.notes: dict[str, Any] = {}
-        self.copied: dict[TensorRef, int] = {}  # bytes of tensors that lie in it already
-        self._ended: set[int] = set()
-        self._whole = 0  # units that have ended without a gap before them
-        self._failed = False
-        self._news = Condition()
+    shard: Shard
+    file: BlockFile
+    units: list[list[Entry]]
+    notes: dict[str, Any] = field(default_factory=dict)
 
-    def create(self, head: HeadStart | None) -> None:
-        """Takes the file's place on the disk and writes its header."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.copied = head.adopt(self.shard.name, self.path) if head else {}
-        with self.path.open("r+b") if self.copied else fresh(self.path) as file:
-            reserve(file.fileno(), self.shard.size)
-            file.write(self.shard.header)
 
-    def finish(self, number: int, notes: Mapping[str, Any]) -> None:
-        """A unit is written."""
-        with self._news:
-            self.notes |= notes
-            self._ended.add(number)
-            while self._whole in self._ended:
-                self._whole += 1
-            self._news.notify_all()
+def _output(path: Path, shard: Shard, room: Room, head: HeadStart | None) -> _Output:
+    """Takes the file's place on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    copied = head.adopt(shard.name, path) if head else None
+    there = _same_blocks(shard, *copied) if copied else ()
+    direct.reserve(path, shard.size)
+    return _Output(shard, BlockFile(path, shard.size, room, there), list(_units(shard.entries)))
 
-    def fail(self) -> None:
-        """Nothing more will be written."""
-        with self._news:
-            self._failed = True
-            self._news.notify_all()
 
-    def seal(self) -> str:
-        """Hashes the file while it grows, then forces it to the disk."""
-        digest, position, durable = blake3(), 0, 0
-        buffer = memoryview(bytearray(_COPY_BYTES))
-        with _descriptor(self.path, os.O_RDONLY) as handle:
-            while position < self.shard.size:
-                end = self._wait_beyond(position)
-                while position < end:
-                    count = os.preadv(handle, [buffer[: end - position]], position)
-                    digest.update(buffer[:count])
-                    position += count
-                if position - durable >= _SYNC_BYTES:
-                    os.fdatasync(handle)  # early, so that the disk works while others compute
-                    durable = position
-            os.fsync(handle)
-        return digest.hexdigest()
-
-    def _wait_beyond(self, position: int) -> int:
-        with self._news:
-            while (end := self._written()) <= position and not self._failed:
-                self._news.wait()
-            if self._failed:
-                raise InterruptedError("the writing was given up")
-            return end
-
-    def _written(self) -> int:
-        """How many bytes are written without a gap."""
-        if self._whole == len(self.units):
-            return self.shard.size
-        return self.units[self._whole][0].start
+def _same_blocks(shard: Shard, source: Path, copied: Collection[int]) -> set[int]:
+    """Which of the source's blocks that were copied are this file's as well."""
+    same = set(copied) - set(range(-(-len(shard.header) // direct.BLOCK)))
+    for entry in shard.entries:
+        ref = entry.constant.ref if isinstance(entry.constant, Leaf) else None
+        if ref is None or (ref.file, ref.start) != (source, entry.start):
+            last = entry.start + entry.nbytes - 1
+            same.difference_update(range(entry.start // direct.BLOCK, last // direct.BLOCK + 1))
+    return same
 
 
 def _order(outputs: list[_Output], workers: int) -> Iterator[tuple[_Output, int]]:
@@ -294,41 +246,44 @@ def _header(file: OutputFile, table: Mapping[str, Any]) -> bytes:
 
 
 def _units(entries: tuple[Entry, ...]) -> Iterator[list[Entry]]:
-    """Runs of neighbouring tensors, large enough to be worth a task."""
+    """Runs of neighbouring tensors, large enough to be worth a task; one even of none."""
     unit: list[Entry] = []
     size = 0
     for entry in entries:
-        unit.append(entry)
-        size += entry.nbytes
         if size >= UNIT_BYTES:
             yield unit
             unit, size = [], 0
-    if unit:
-        yield unit
+        unit.append(entry)
+        size += entry.nbytes
+    yield unit
 
 
 def _write(
-    output: _Output, unit: list[Entry], watch: Watch, on_bytes: Callable[[int], None]
+    output: _Output, number: int, watch: Watch, on_bytes: Callable[[int], None]
 ) -> dict[str, Any]:
     measured = {}
-    with _descriptor(output.path, os.O_WRONLY) as out:
-        for entry in unit:
-            watcher = watch(entry.key)
-            if isinstance(entry.constant, Leaf) and watcher is None:
-                ref = entry.constant.ref
-                done = output.copied.get(ref, 0) if ref.start == entry.start else 0
-                on_bytes(done)
-                _copy(ref, done, out, entry.start, on_bytes)
-                continue
-            for low, high, rows in _pieces(entry.constant):
-                data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                offset = entry.start + low * (entry.nbytes // max(1, _length(entry.constant)))
-                _write_all(out, data, offset)
-                if watcher:
-                    watcher.see(low, high, rows)
-                on_bytes(len(data))
+    if number == 0:
+        header = memoryview(output.shard.header)
+        for place in output.file.places(0, len(header)):
+            place[:], header = header[: len(place)], header[len(place) :]
+        on_bytes(len(output.shard.header))
+    for entry in output.units[number]:
+        watcher = watch(entry.key)
+        if isinstance(entry.constant, Leaf) and watcher is None:
+            _copy(entry.constant.ref, output.file, entry.start, on_bytes)
+            continue
+        offset = entry.start
+        for low, high, rows in _pieces(entry.constant):
+            data = rows.contiguous().reshape(-1).view(torch.uint8)
+            for place in output.file.places(offset, len(data)):
+                torch.frombuffer(place, dtype=torch.uint8).copy_(data[: len(place)])
+                data = data[len(place) :]
+                offset += len(place)
+                on_bytes(len(place))
             if watcher:
-                measured[entry.key] = watcher.result()
+                watcher.see(low, high, rows)
+        if watcher:
+            measured[entry.key] = watcher.result()
     return measured
 
 
@@ -349,35 +304,18 @@ def _pieces(constant: Constant) -> Iterator[tuple[int, int, torch.Tensor]]:
         yield 0, _length(constant), value(constant)
 
 
-def _copy(
-    ref: TensorRef, position: int, out: int, offset: int, on_bytes: Callable[[int], None]
-) -> None:
-    """Copies a tensor's bytes from `position` on; its place in `out` begins at `offset`."""
-    with opened(ref.file) as file:
-        source = file.fileno()
-        while position < ref.nbytes:
-            count = min(ref.nbytes - position, _COPY_BYTES)
-            done = copy_piece(source, out, count, ref.start + position, offset + position)
-            if not done:
+def _copy(ref: TensorRef, file: BlockFile, offset: int, on_bytes: Callable[[int], None]) -> None:
+    """Reads a tensor's bytes into their places."""
+    handle, position = descriptor(ref.file), ref.start
+    try:
+        for place in file.places(offset, ref.nbytes):
+            if not direct.read_into(handle, place, position):
                 raise CheckpointError(
                     "was truncated while it was read",
                     where=str(ref.file),
                     fix="restore it, and run again",
                 )
-            position += done
-            on_bytes(done)
-
-
-def _write_all(out: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(out, data, offset)
-        data, offset = data[done:], offset + done
-
-
-@contextmanager
-def _descriptor(path: Path, flags: int) -> Iterator[int]:
-    handle = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield handle
+            position += len(place)
+            on_bytes(len(place))
     finally:
         os.close(handle)

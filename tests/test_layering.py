@@ -16,12 +16,13 @@ ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
     "errors", "files", "extras", "progress", "safetensors_file", "checkpoint", "ops", "graphs",
-    "constants", "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program",
-    "patterns", "targets", "contract", "tuning", "examples", "token_rows", "scoring", "sources",
-    "memory", "curve", "adapterhub", "adapter", "registry", "rules", "algebra", "factors",
-    "deltas", "mixing", "pipeline", "tracing", "conversion", "sublayers", "roles", "attention",
-    "outline", "capturing", "structure", "constant_layer", "calling", "normal", "repeated",
-    "whole", "pieces", "storage", "artifact", "runs", "early", "link", "fusing", "functions",
+    "constants",
+    "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites", "program", "patterns",
+    "targets", "contract", "tuning", "examples", "token_rows", "scoring", "sources", "memory",
+    "curve", "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas",
+    "mixing", "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline",
+    "capturing", "structure", "constant_layer", "calling", "normal", "repeated", "whole", "pieces",
+    "storage", "artifact", "runs", "direct", "blocks", "early", "link", "fusing", "functions",
     "surrounding", "live", "switching", "virtual", "constant_cache", "prefixes", "rates",
     "schedules", "callbacks", "footprint", "tuner", "witness", "proof", "spectra", "analysis",
     "survival", "kernels", "machine", "warm", "resident", "libraries", "runtime", "passes",
@@ -34,7 +35,7 @@ ORDER = [
 TORCH_FREE = [
     "patterns", "errors", "files", "extras", "progress", "safetensors_file", "checkpoint",
     "targets", "contract", "tuning", "examples", "runs", "curve", "cli_tune", "registry", "recipe",
-    "artifact", "early", "terminal", "formats", "reports", "inspection", "cli_options",
+    "artifact", "direct", "early", "terminal", "formats", "reports", "inspection", "cli_options",
     "cli_parts", "cli_plan", "cli", "passes.lora", "passes.dora", "passes.adalora", "passes.vera",
     "passes.ia3", "passes.bitfit", "adapterhub", "passes.bottleneck", "passes.placement",
     "passes.layernorm", "passes.full", "passes.loha", "passes.lokr", "passes.oft", "passes.boft",
