@@ -114,7 +114,7 @@ def test_files_are_opened_in_one_place() -> None:
     found = set()
     for file, tree in trees():
         for name, of, _ in calls(tree):
-                        if name in READING and of not in OURS and "engine_for" not in of:
+            if name in READING and of not in OURS and "engine_for" not in of:
                 found.add(file.name)
     assert found <= OPENERS.keys(), found - OPENERS.keys()
     assert OPENERS.keys() - {"nf4_native.py", "outline.py"} <= found, "or say why no more"
