@@ -87,7 +87,7 @@ INSTEAD: dict[str, Callable[[Path], None]] = {
     "link_to_nothing": lambda path: replace_by_link(path, path.name),
 }
 # Which file each of these reads is the user's own choice: a link is followed.
-CHOSEN = {"header", "recipe", "jsonl", "csv", "parquet", "four_bit"}
+CHOSEN = {"header", "recipe", "jsonl", "json", "csv", "parquet", "four_bit"}
 # Of an interrupted run: what cannot be read of it is as if it were not there.
 LEFT = {"log", "metrics"}
 # Read by a name that a manifest or a caller has checked.

@@ -214,6 +214,8 @@ def running_readers() -> list[Reader]:
                (as_bytes(step) + b"\n" + as_bytes({**step, "step": 2}) + b"\n",), share=0.3),
         Reader("four_bit", "x.safetensors", {}, weights, (four_bit(False), four_bit(True)), 0.3),
         Reader("jsonl", "data.jsonl", {}, examples, (jsonl, pairs, turns), share=0.01),
+        Reader("json", "data.json", {}, examples, (b'[{"text": "one"}, {"text": "two"}]', jsonl),
+               share=0.01),
         Reader("csv", "data.csv", {}, examples, (b"text\none\ntwo\n",), share=0.01),
         Reader("parquet", "data.parquet", {}, examples, (parquet(),), share=0.01),
     ]  # fmt: skip
