@@ -47,10 +47,10 @@ dist: $(VENV)/.dev
 	$(PIP) cyclonedx-bom
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.json $(VENV)
 
-# Known vulnerabilities of what CI and the demo install; needs PyPI's own index.
+# Known vulnerabilities of what CI and the demo install, of every one of them: what PyPI does not know fails.
 audit: $(VENV)/.dev
 	$(PIP) pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from peftc.artifact import LOG, MANIFEST, Staging, claimed, obstacles
+from peftc.checkpoint import MAX_JSON, read_json, subfolder
 from peftc.errors import ArtifactError, PeftcError, raise_all
 from peftc.exporters.to_safetensors import folders, key_for, refuse_adapters, refuse_changes
+from peftc.files import content, write
 from peftc.link import Shard, link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
@@ -114,7 +116,7 @@ def write_part(
         refuse_changes(program)
         done = {"key": key, "overwrite": overwrite, "proof": proof, "arguments": arguments}
         fresh = root / "part.new"
-        fresh.write_text(json.dumps(done))
+        write(fresh, json.dumps(done))
         fresh.replace(root / _DONE)
     return {"path": str(root), "files": [shard.name for shard in shards], "bytes": need}
 
@@ -164,7 +166,7 @@ def gathered(target: Path) -> Iterator[Gathered]:
     with ExitStack() as held:
         for part in roots:
             held.enter_context(claimed(target, part.purpose, kept=True))
-        said = [json.loads((root / _DONE).read_text()) for root in roots.values()]
+        said = [_told(root) for root in roots.values()]
         if len({entry["key"] for entry in said}) > 1:
             raise ArtifactError(
                 "its parts are not of one export: sources, adapters, options or versions differ",
@@ -172,15 +174,27 @@ def gathered(target: Path) -> Iterator[Gathered]:
                 fix="write all of them again from the same files with the same command",
             )
         with claimed(target, kept=True) as stage:
-            (stage / "tree").mkdir(exist_ok=True)
-            lines = [json.dumps({"key": said[0]["key"]})]
+            tree = subfolder(stage, "tree")
+            tree.mkdir(exist_ok=True)
+            lines = [json.dumps({"key": said[0]["key"]}).encode()]
             for root in roots.values():
-                lines += (root / LOG).read_text().splitlines()[1:]
-            (stage / LOG).write_text("".join(line + "\n" for line in lines))
+                lines += content(root / LOG, MAX_JSON).splitlines()[1:]
+            write(stage / LOG, b"".join(line + b"\n" for line in lines))
             for root in roots.values():
-                for file in sorted((root / "tree").iterdir()):
-                    file.replace(stage / "tree" / file.name)
+                for file in sorted(subfolder(root, "tree").iterdir()):
+                    file.replace(tree / file.name)
         yield Gathered(**said[0], roots=tuple(roots.values()))
+
+
+def _told(root: Path) -> dict[str, Any]:
+    """What a part says of the export that it is of."""
+    told = read_json(root / _DONE, "a part of an export")
+    kinds = {"key": str, "overwrite": bool, "proof": str, "arguments": dict}
+    if told.keys() != kinds.keys() or any(type(told[name]) is not kinds[name] for name in kinds):
+        raise ArtifactError(
+            "is damaged", where=str(root / _DONE), fix="remove its directory, and write it again"
+        )
+    return told
 
 
 def _roots(target: Path) -> tuple[dict[Part, Path], list[PeftcError]]:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from peftc.artifact import Staging, digest, key_of
+from peftc.checkpoint import within
 from peftc.constants import Held
 from peftc.deltas import deltas, deviation, untold
 from peftc.errors import (
@@ -29,6 +30,7 @@ from peftc.exporters.onnx_lowering import ONNX_TYPES
 from peftc.exporters.onnx_needs import onnxruntime
 from peftc.exporters.onnx_slots import Slot
 from peftc.factors import Delta, product
+from peftc.files import opened
 from peftc.program import Program
 from peftc.targets import LINEARS
 
@@ -195,6 +197,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         AdapterError: It is none.
     """
     try:
+        opened(path).close()  # which a pipe or a device does not let by
         form = onnxruntime.AdapterFormat.read_adapter(str(path))
         found = form.get_parameters()
         tensors = {name: from_dlpack(value).clone() for name, value in found.items()}
@@ -230,7 +233,7 @@ def check(
     """
     worst: dict[str, Any] = {"relative_error": 0.0, "at": None}
     for graph, name in files.items():
-        found, version = read(path / name)
+        found, version = read(within(path, name))
         for fqn, delta in branches.items():
             slot = slots[fqn]
             if graph.removesuffix(".onnx") not in slot.graphs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -255,11 +255,11 @@ def external_data(path: Path) -> list[PeftcError]:
     errors: list[PeftcError] = []
     for file in sorted(path.glob("*.onnx")):
         try:
-            proto = onnx.load(str(file), load_external_data=False)
+            proto = onnx.load(str(contained(path, file.name)), load_external_data=False)
         except Exception:  # protobuf's, whose class depends on how it was built
             errors.append(ArtifactError("is no graph", where=str(file), fix="export it again"))
             continue
-        for tensor in _tensors(proto.graph):
+        for tensor in _held(proto):
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
             place = {entry.key: entry.value for entry in tensor.external_data}
@@ -280,13 +280,27 @@ def external_data(path: Path) -> list[PeftcError]:
     return errors
 
 
+def _held(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model holds, in its functions and its training too."""
+    for graph in (proto.graph, *(g for t in proto.training_info
+                                 for g in (t.initialization, t.algorithm))):  # fmt: skip
+        yield from _tensors(graph)
+    for function in proto.functions:
+        yield from _attributes(function.node)
+
+
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor that a graph holds, in its nodes' attributes too."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+    yield from _attributes(graph.node)
+
+
+def _attributes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
         yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
         for inner in (attribute.g, *attribute.graphs):
             yield from _tensors(inner)
 

@@ -115,7 +115,9 @@ def slotted(path: Path) -> Artifact:
             "BASE -o ONNX --format onnx --adapters swap was before",
         )
     artifact = Artifact.open(path)
-    said = artifact.manifest.get("onnx") or {}
+    with artifact.described():
+        said = artifact.manifest.get("onnx") or {}
+        slots_of(said.get("slots", {}))
     if "slots" not in said:
         raise ArtifactError(
             f"is an artifact of kind {artifact.manifest['kind']}, and has no slots for adapters",

@@ -12,6 +12,7 @@ from peftc.constants import Constant, Derived, Leaf
 from peftc.devices import device_of
 from peftc.early import HeadStart
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.files import LARGEST, content
 from peftc.link import Shard, link, plan
 from peftc.program import Program
 from peftc.progress import SILENT, Progress
@@ -122,10 +123,10 @@ def write_model(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Writes weights and companions into a staging directory; returns what the witnesses saw."""
-    kept = {name: path.read_bytes() for name, path in program.source.companions().items()}
-    for name, content in {**kept, **edited(program)}.items():
+    kept = {name: content(path, LARGEST) for name, path in program.source.companions().items()}
+    for name, data in {**kept, **edited(program)}.items():
         if name != INDEX or shards != []:  # which names files that are not written
-            stage.add(folder + name, content)
+            stage.add(folder + name, data)
     measured = link(
         program, stage, folder, shards=shards, workers=workers, watch=watcher(program),
         progress=progress, head=head, device=device,

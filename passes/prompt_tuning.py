@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from peftc.checkpoint import PEFT_PREFIX
+from peftc.checkpoint import PEFT_PREFIX, intruders
 from peftc.contract import Effect, Method, PassResult, Place
 from peftc.errors import (
     SAVE_AGAIN,
@@ -277,9 +278,12 @@ class PromptTuning(Prompt):
         """
         from transformers import AutoTokenizer
 
-        place = self.tokenizer or program.source.name
+        place = self.tokenizer or program.source.name or ""
+        if Path(place).is_dir():
+            raise_all(intruders(Path(place)))
         try:
-            ids = list(AutoTokenizer.from_pretrained(place)(self.text)["input_ids"])
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            ids = list(tokenizer(self.text)["input_ids"])
         except Exception as error:  # any library code may fail on files from outside
             raise PassError(
                 f"there is no tokenizer to read the text with: {str(error).splitlines()[0]}",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peftc import adapterhub
-from peftc.checkpoint import contained, digest_bytes, read_json
+from peftc.checkpoint import contained, digest_file, read_json
 from peftc.constants import Leaf
 from peftc.errors import AdapterError, PeftcError
 from peftc.evaluate import chunks
@@ -81,6 +81,6 @@ class AdapterDirectory:
         """What identifies the adapter: its path and the hashes of its two files."""
         return {
             "path": str(self.path.resolve()),
-            "config": digest_bytes((self.path / CONFIG).read_bytes()),
-            "weights": digest_bytes(self.file.path.read_bytes()),
+            "config": digest_file(self.path / CONFIG),
+            "weights": digest_file(self.file.path),
         }

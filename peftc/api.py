@@ -9,7 +9,7 @@ from typing import Any
 
 from peftc.artifact import MANIFEST, Artifact, staging
 from peftc.capturing import capture, capture_config
-from peftc.checkpoint import Checkpoint, read_json, resolve
+from peftc.checkpoint import Checkpoint, read_json, resolve, subfolder
 from peftc.contract import Pass, safe_name
 from peftc.deltas import alone
 from peftc.devices import device_of
@@ -89,7 +89,7 @@ def _load_applied(artifact: Artifact, progress: Progress) -> Program:
             fix="restore it, or run apply again",
         )
     attach = [
-        ("attach", {"path": str(artifact.path / folder), "adapter": name})
+        ("attach", {"path": str(subfolder(artifact.path, folder)), "adapter": name})
         for name, folder in content["adapters"].items()
     ]
     return Pipeline(build(attach, str(artifact.path / MANIFEST))).run(program, progress)

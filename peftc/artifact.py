@@ -14,16 +14,18 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from peftc.checkpoint import contained, read_json
+from peftc.checkpoint import read_json, within
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
+from peftc.files import clashes, is_plain, lines, opened, write
+from peftc.files import fresh as new_file
 from peftc.interrupts import Terminated, later
 
 MANIFEST = "peftc.json"
-KINDS = ("apply", "model", "adapter", "cache", "onnx", "onnx-adapter", "pt2")
 SCHEMA = 1
 WEIGHTS = ".safetensors"  # the end of the names of files that are nothing but numbers
 STAGING = "staging"  # what a directory is for in which an artifact is written
@@ -58,8 +60,8 @@ class Staging:
         self.files: dict[str, Sealed] = {}
         self.notes: dict[str, Any] = {}
         self._log = root / LOG
-        first, *rest = whole_lines(self._log) or [{}]
-        if first != {"key": key}:
+        first, *rest = lines(self._log) or [{}]
+        if first != {"key": key} or _has_links(self.path):
             rest = []
             if self.path.exists():
                 shutil.rmtree(self.path)
@@ -67,15 +69,37 @@ class Staging:
         # Only what is there stays in the log: a file that is written anew must not look finished.
         sealed = [line for line in rest if self._is_whole(line)]
         fresh = root / "done.new"
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in ({"key": key}, *sealed)))
+        write(fresh, "".join(json.dumps(line) + "\n" for line in ({"key": key}, *sealed)))
         fresh.replace(self._log)
         for line in sealed:
             self.files[line["file"]] = Sealed(line["size"], line["blake3"])
             self.notes[line["file"]] = line["note"]
 
     def _is_whole(self, line: Mapping[str, Any]) -> bool:
-        file = self.path / line["file"]
-        return file.is_file() and bool(file.stat().st_size == line["size"])
+        try:
+            size = within(self.path, line["file"]).stat().st_size
+            return bool(size == line["size"]) and {"blake3", "note"} <= line.keys()
+        except (PeftcError, OSError, LookupError, TypeError, AttributeError):
+            return False
+
+    def place(self, name: str) -> Path:
+        """Where a file of this name is to be written.
+
+        Raises:
+            ArtifactError: It leads out of the directory, or differs from another file's by the case
+                of its letters alone, so that some disks would take the two for one.
+        """
+        if not all(is_plain(part) for part in name.split("/")):
+            raise ArtifactError(
+                f"{name!r} is no name of a file in it", where=str(self.target), fix="rename it"
+            )
+        if twins := clashes([*self.files, name]):
+            raise ArtifactError(
+                f"would hold files that differ by their letters' case alone: {', '.join(twins)}",
+                where=str(self.target),
+                fix="rename one of them in the source: some disks take them for one file",
+            )
+        return self.path / name
 
     def seal(self, name: str, blake3: str, note: Any = None) -> None:
         """Writes down that a file is complete; its bytes must be on the disk."""
@@ -85,9 +109,9 @@ class Staging:
 
     def add(self, name: str, data: bytes) -> None:
         """Writes a small file and seals it."""
-        path = self.path / name
+        path = self.place(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        with new_file(path) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -198,7 +222,8 @@ def _lock(root: Path, target: Path) -> IO[str]:
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            lock = (root / LOCK).open("a+")
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            lock = os.fdopen(os.open(root / LOCK, flags, 0o666), "a+")
         except FileNotFoundError:  # the run that held it has just ended
             continue
         except OSError as error:
@@ -314,6 +339,39 @@ def obstacles(target: Path, need: int, sources: list[Path], overwrite: bool) -> 
     return errors
 
 
+class _Sealed(BaseModel):
+    size: int = Field(ge=0)
+    blake3: str
+
+
+class _Step(BaseModel):
+    title: str
+    options: dict[str, Any]
+    effect: str
+
+
+class _Manifest(BaseModel):
+    """What all manifests say; what those of a kind say besides, its readers check."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["apply", "model", "adapter", "cache", "onnx", "onnx-adapter", "pt2"]
+    source: dict[str, Any]
+    files: dict[str, _Sealed]
+    adapters: dict[str, str] = {}
+    journal: list[_Step] = []
+    inputs: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    proof: dict[str, Any] = {}
+
+    @field_validator("source")
+    @classmethod
+    def _named(cls, source: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(source.get("path", source.get("module")), str):
+            raise ValueError("it has neither a path nor a module")
+        return source
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A published directory and its manifest."""
@@ -330,22 +388,34 @@ class Artifact:
             ArtifactError: The manifest has another schema.
         """
         manifest = read_json(path / MANIFEST, "an artifact of peftc")
-        files = manifest.get("files")
-        if manifest.get("peftc") != SCHEMA or not isinstance(files, dict):
+        if manifest.get("peftc") != SCHEMA:
             raise ArtifactError(
                 f"has schema {manifest.get('peftc')!r}, and this peftc reads {SCHEMA}",
                 where=str(path / MANIFEST),
                 fix="write the artifact again with this version",
             )
-        source, adapters = manifest.get("source"), manifest.get("adapters", {})
-        named = isinstance(source, dict) and ("path" in source or "module" in source)
-        if not (named and isinstance(adapters, dict) and manifest.get("kind") in KINDS):
+        found = cls(path, manifest)
+        with found.described():
+            _Manifest.model_validate(manifest)
+        return found
+
+    @contextmanager
+    def described(self) -> Iterator[None]:
+        """Where a manifest is looked into, what is missing there or of another type is damage.
+
+        Raises:
+            ArtifactError: In place of a KeyError and its kin.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            wrong = error.errors()[0] if isinstance(error, ValidationError) else None
+            at = ".".join(map(str, wrong["loc"])) if wrong else ""
             raise ArtifactError(
-                "is damaged: its kind, source or adapters are not as peftc writes them",
-                where=str(path / MANIFEST),
+                f"is damaged: {f'{at}: ' if at else ''}{wrong['msg'] if wrong else repr(error)}",
+                where=str(self.path / MANIFEST),
                 fix="write the artifact again",
-            )
-        return cls(path, manifest)
+            ) from error
 
     def damage(self, weights: bool = True) -> list[PeftcError]:
         """An error for each file whose size or hash is not the manifest's.
@@ -356,14 +426,13 @@ class Artifact:
         """
         errors: list[PeftcError] = []
         for name, sealed in self.manifest["files"].items():
-            folder, _, leaf = name.rpartition("/")
             try:
-                file = contained(self.path / folder, leaf)
+                file = within(self.path, name)
                 read = weights or not name.endswith(WEIGHTS)
                 good = file.stat().st_size == sealed["size"] and not (
                     read and digest(file) != sealed["blake3"]
                 )
-            except (PeftcError, OSError, TypeError, KeyError):
+            except (PeftcError, OSError):
                 good = False
             if not good:
                 errors.append(
@@ -383,7 +452,7 @@ def digest(path: Path) -> str:
         CheckpointError: It cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return hashlib.file_digest(file, blake3).hexdigest()  # type: ignore[arg-type]
     except OSError as error:
         raise _unread(error, str(path)) from error
@@ -414,12 +483,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """A log's JSON up to a line that was cut off, by a kill or a full disk."""
-    lines = []
-    try:
-        for line in path.read_text().splitlines():
-            lines.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
-    return lines
+def _has_links(folder: Path) -> bool:
+    """Whether something below a folder would be written or read through a link."""
+    return folder.is_symlink() or any(path.is_symlink() for path in folder.rglob("*"))

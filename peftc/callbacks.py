@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from peftc.errors import CheckpointError
 from peftc.program import Program
+from peftc.reading import tensors
 from peftc.schedules import Schedules, schedule
 
 STATE = "peftc_schedule.safetensors"  # in a checkpoint's folder
@@ -84,10 +84,10 @@ def _folder(args: Any, state: Any) -> Path:
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)  # type: ignore[no-any-return]
-    except (OSError, SafetensorError) as error:
+        return tensors(file)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"the state of the adapters' schedule cannot be read: {error}",
+            f"the state of the adapters' schedule cannot be read: it {error.what}",
             where=str(file),
             fix="resume from a checkpoint that was written with peftc.callback, in its folder",
         ) from error

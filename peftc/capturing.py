@@ -77,8 +77,9 @@ class CheckpointSource:
         if not parts_of(self.checkpoint.tensors):
             cls: Any = architecture(self.checkpoint)
             model: nn.Module = cls.from_pretrained(
-                self.checkpoint.path, dtype=dtype or "auto", local_files_only=True
-            )
+                self.checkpoint.path, dtype=dtype or "auto", local_files_only=True,
+                use_safetensors=True, trust_remote_code=False,
+            )  # fmt: skip
             return model.eval()
         return self.build(self.constants(), dtype)
 
@@ -95,7 +96,9 @@ class CheckpointSource:
             None, config=config, state_dict=state, dtype=dtype or "auto"
         )
         if (self.checkpoint.path / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(self.checkpoint.path)
+            model.generation_config = GenerationConfig.from_pretrained(
+                self.checkpoint.path, local_files_only=True
+            )
         module: nn.Module = model.eval()
         return module
 

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import CheckpointError, raise_all
+from peftc.errors import CheckpointError, PeftcError, raise_all
+from peftc.files import clashes, content, is_plain, opened
 from peftc.safetensors_file import SafetensorsFile, TensorRef, read_header
 
 SINGLE = "model.safetensors"
@@ -56,13 +57,13 @@ class Checkpoint:
             )
         config = read_json(root / "config.json", "a Hugging Face checkpoint")
         shards, weight_map = _shards(root, config)
-        files, errors = [], []
+        files, errors = [], list[PeftcError]()
         for shard in shards:
             try:
                 files.append(read_header(contained(root, shard), root / "config.json"))
             except CheckpointError as error:
                 errors.append(error)
-        raise_all(errors)
+        raise_all([*errors, *intruders(root, besides=shards)])
         found = {name: file.path.name for file in files for name in file.tensors}
         if sum(len(file.tensors) for file in files) != len(found):
             raise CheckpointError(
@@ -108,7 +109,7 @@ class Checkpoint:
         """What identifies these weights without reading them whole: sizes, headers, some pages."""
         return {
             "path": str(self.path.resolve()),
-            "config": digest_bytes((self.path / "config.json").read_bytes()),
+            "config": digest_file(self.path / "config.json"),
             "files": {
                 file.path.name: {"size": file.size, "sample": _sampled_digest(file)}
                 for file in self.files
@@ -151,11 +152,11 @@ def contained(root: Path, name: str) -> Path:
 
     A link is followed inside `root` and, in the hub's cache, from a snapshot to its own blobs.
     """
-    if name != Path(name).name or "\\" in name or not name.isprintable() or name in ("", ".", ".."):
+    if not is_plain(name):
         raise CheckpointError(
             f"names the file {name!r}, which is not a plain file name",
             where=str(root),
-            fix="do not use this checkpoint: a shard name must not lead out of its folder",
+            fix="do not use it: a name in a file must not lead out of the file's folder",
         )
     path = root / name
     if not os.path.exists(path):  # noqa: PTH110  (Path.exists raises on names that are too long)
@@ -169,17 +170,72 @@ def contained(root: Path, name: str) -> Path:
             where=str(path),
             fix="copy the file into the folder if you trust it",
         )
+    if not real.is_file():
+        raise CheckpointError(
+            "is not a regular file", where=str(path), fix="put a file there, or remove it"
+        )
     return path
+
+
+def subfolder(root: Path, name: str) -> Path:
+    """The path of a folder in `root`, its name as a file has it: with slashes, and no way out.
+
+    Raises:
+        CheckpointError: It leads out of `root`, or by a link.
+    """
+    path = root
+    for part in name.split("/"):
+        path /= part
+        if not is_plain(part) or path.is_symlink():
+            raise CheckpointError(
+                f"names the folder {name!r}, which leads out of it",
+                where=str(root),
+                fix="do not use it: a name in a file must not lead out of the file's folder",
+            )
+    return path
+
+
+def within(root: Path, name: str) -> Path:
+    """The path of a file in `root` or in its folders; see `contained` and `subfolder`."""
+    folder, slash, leaf = name.rpartition("/")
+    return contained(subfolder(root, folder) if slash else root, leaf)
+
+
+def intruders(root: Path, besides: Collection[str] = ()) -> list[PeftcError]:
+    """What a library must not come across that opens a folder's files by itself.
+
+    Args:
+        root: The folder, of which those with chat templates are a part.
+        besides: Files that are looked at elsewhere.
+
+    Returns:
+        An error for each pipe or device, and for each link out of the folder.
+    """
+    errors: list[PeftcError] = []
+    for folder in (root, root / "additional_chat_templates"):
+        if folder.is_symlink() and folder != root:
+            errors.append(
+                CheckpointError("is a link", where=str(folder), fix="copy what it leads to")
+            )
+        elif folder.is_dir():
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                # What a link that leads nowhere names is not there, and a regular file is at home.
+                sound = entry.is_file(follow_symlinks=False) or not os.path.exists(entry)  # noqa: PTH110
+                if sound or entry.is_dir() or entry.name in besides:
+                    continue
+                try:
+                    contained(folder, entry.name)
+                except CheckpointError as error:
+                    errors.append(error)
+    return errors
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
     """Reads a JSON object of bounded size; `kind` says what the folder then is."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_JSON + 1)
-        if len(raw) > MAX_JSON:
-            raise ValueError(f"larger than {MAX_JSON} bytes")
-        value = json.loads(raw)
+        if path.is_symlink():
+            contained(path.parent, path.name)
+        value = json.loads(content(path, MAX_JSON))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except FileNotFoundError as error:
@@ -189,8 +245,9 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
             fix="name a folder that holds it",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"cannot be read: {error}", where=str(path), fix="download or write it again"
+            f"cannot be read: {why}", where=str(path), fix="download or write it again"
         ) from error
     return value
 
@@ -205,9 +262,15 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a regular file in hex."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _sampled_digest(file: SafetensorsFile) -> str:
     """A hash of the header and of pages spread over the tensors: quick, and seldom deceived."""
-    with file.path.open("rb") as handle:
+    with opened(file.path) as handle:
         length = int.from_bytes(handle.read(8), "little")
         sample = [handle.read(length)]
         for i in range(PAGES):
@@ -226,7 +289,14 @@ def _shards(root: Path, config: Mapping[str, Any]) -> tuple[list[str], dict[str,
             raise CheckpointError(
                 "has no weight_map of names", where=str(index), fix="download it again"
             )
-        return sorted(set(weight_map.values())), weight_map
+        shards = sorted(set(weight_map.values()))
+        if twins := clashes(shards):
+            raise CheckpointError(
+                f"names files that differ by their letters' case alone: {', '.join(twins)}",
+                where=str(index),
+                fix="rename one of them, in the index too: some disks take them for one file",
+            )
+        return shards, weight_map
     if (root / SINGLE).exists():
         return [SINGLE], None
     pickles = sorted(file.name for file in root.glob("*.bin")) + sorted(

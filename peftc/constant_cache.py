@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from peftc.artifact import Artifact
+from peftc.checkpoint import within
 from peftc.errors import ArtifactError
+from peftc.reading import tensors
 from peftc.virtual import Numbering
 
 FILE = "constant_cache.safetensors"
@@ -71,12 +72,16 @@ class ConstantCache:
         if damage := artifact.damage():
             raise damage[0]
         said = beside or artifact.manifest
-        tensors = load_file(artifact.path / said.get("file", FILE))
-        count = sum(name.endswith(".key") for name in tensors)
-        names = said.get("layers") or [(f"{i}.key", f"{i}.value") for i in range(count)]
-        layers = tuple((tensors[key], tensors[value]) for key, value in names)
-        numbering = said["numbering"]
-        return cls(layers, None if numbering is None else Numbering(**numbering), said["shapes"])
+        with artifact.described():
+            stored = tensors(within(artifact.path, said.get("file", FILE)))
+            count = sum(name.endswith(".key") for name in stored)
+            names = said.get("layers") or [(f"{i}.key", f"{i}.value") for i in range(count)]
+            layers = tuple((stored[key], stored[value]) for key, value in names)
+            numbering = None if said["numbering"] is None else Numbering(**said["numbering"])
+            found = cls(layers, numbering, dict(said["shapes"]))
+            if not layers or any(len(x.shape) != 4 for pair in layers for x in pair):
+                raise ValueError("its layers are no keys and values of four dimensions")
+        return found
 
     def before(
         self,

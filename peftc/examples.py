@@ -96,13 +96,14 @@ def _table(data: Data, source: str, cache: str) -> Any:
     kind = READERS[file.suffix]
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
+    if kind == "json":  # Arrow's reader of it crashes the process on a line that is no object
+        raise_all(_broken_lines(file) if file.suffix == ".jsonl" else _broken_entries(file))
     try:
         options = _as_texts(file) if kind == "csv" else {}
         table = datasets.load_dataset(
             kind, data_files=str(file), split="train", cache_dir=cache, **options
         )
     except Exception as error:  # of pyarrow, pandas and json, as their parsers please
-        raise_all(_broken_lines(file) if file.suffix == ".jsonl" else [])
         cause = str(error.__cause__ or error).strip().splitlines()
         raise DataError(
             f"cannot be read: {cause[0] if cause else 'it holds no example'}", where=source,
@@ -147,8 +148,8 @@ def _broken_lines(file: Path) -> list[PeftcError]:
                 what = None if isinstance(json.loads(line.strip()), dict) else "is no JSON object"
             except json.JSONDecodeError as error:
                 what = f"is no JSON: {error.msg} at its character {error.pos + 1}"
-            except UnicodeDecodeError:
-                what = "is no JSON: it is not in UTF-8"
+            except (UnicodeDecodeError, RecursionError):
+                what = "is no JSON: it is not in UTF-8, or nested too deep"
             if what:
                 errors.append(DataError(
                     what, where=f"{file}, line {number}", fix="correct the line, or take it out"
@@ -157,6 +158,21 @@ def _broken_lines(file: Path) -> list[PeftcError]:
         rest = f"and {len(errors) - SHOWN} lines more"
         errors[SHOWN:] = [DataError(rest, where=str(file), fix="correct them")]
     return errors
+
+
+def _broken_entries(file: Path) -> list[PeftcError]:
+    """An error where a file is neither a list of JSON objects nor of a line each."""
+    try:
+        entries = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return _broken_lines(file)
+    if isinstance(entries, dict) or (
+        isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    ):
+        return []
+    return [
+        DataError("is no list of JSON objects", where=str(file), fix="write one for each example")
+    ]
 
 
 def _columns(data: Data, source: str, there: list[str]) -> dict[str, str]:

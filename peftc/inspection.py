@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ def inspect(source: str, terminal: Terminal) -> None:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = Checkpoint.open(path)
+    names = checkpoint.config.get("architectures")
     refs = list(checkpoint.tensors.values())
     return {
-        "architecture": ", ".join(map(str, checkpoint.config.get("architectures") or ["?"])),
+        "architecture": ", ".join(map(str, names)) if isinstance(names, list) else "?",
         "files": len(checkpoint.files),
         "bytes": checkpoint.nbytes,
         "parameters": sum(_parameters(ref, checkpoint) for ref in refs),
@@ -108,7 +110,12 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 
 def _artifact(path: Path) -> dict[str, Any]:
-    manifest = Artifact.open(path).manifest
+    artifact = Artifact.open(path)
+    with artifact.described():
+        return _facts(artifact.manifest)
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     proof = manifest.get("proof", {})
     graphs = proof.get("onnx", {})
     parts = {"sites": proof.get("site", {}), "logits": proof.get("whole", {})}

@@ -13,6 +13,7 @@ from torch import Tensor
 from peftc.calling import Port, Tensors
 from peftc.checkpoint import contained
 from peftc.errors import ArtifactError, InputError, PeftcError
+from peftc.safetensors_file import read_header
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def mapped(path: Path, told: Mapping[str, Any]) -> Tensors:
         files.setdefault(file, []).append((name, key, dtype, shape))
     for file, wanted in files.items():
         shared: dict[tuple[str, str], Tensor] = {}
-        with safe_open(contained(path, file), "pt") as opened:
+        read_header(contained(path, file))  # whose errors say what is damaged
+        with safe_open(path / file, "pt") as opened:
             known = set(opened.keys())
             for name, key, dtype, shape in wanted:
                 if (key, dtype) not in shared:

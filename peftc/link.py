@@ -33,6 +33,7 @@ from peftc.evaluate import (
     single_threaded,
     value,
 )
+from peftc.files import descriptor, opened
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
 from peftc.reading import read
@@ -131,7 +132,7 @@ def link(
     ):
         room = Room((workers + 2) * (UNIT_BYTES // direct.BLOCK))
         try:
-            outputs = [_output(stage.path / shard.name, shard, room, head) for shard in todo]
+            outputs = [_output(stage.place(shard.name), shard, room, head) for shard in todo]
             sealing = {sealers.submit(output.file.seal, writers): output for output in outputs}
             writing = {
                 pool.submit(_write, output, number, where, watch, progress.advance): output
@@ -241,7 +242,7 @@ def _header(file: OutputFile, table: Mapping[str, Any]) -> bytes:
         )
     ):
         try:
-            with original.path.open("rb") as handle:
+            with opened(original.path) as handle:
                 prefix = handle.read(8)
                 return prefix + handle.read(struct.unpack("<Q", prefix)[0])
         except (OSError, struct.error) as error:
@@ -324,7 +325,7 @@ def _pieces(constant: Constant, device: torch.device) -> Iterator[Piece]:
 
 def _copy(ref: TensorRef, file: BlockFile, offset: int, on_bytes: Callable[[int], None]) -> None:
     """Reads a tensor's bytes into their places."""
-    handle, position = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC), ref.start
+    handle, position = descriptor(ref.file), ref.start
     try:
         for place in file.places(offset, ref.nbytes):
             if not direct.read_into(handle, place, position):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from peftc import graphs
 from peftc.checkpoint import Checkpoint, cache_folder, digest_bytes, read_json
 from peftc.conversion import Conversion, conversions_of
 from peftc.errors import CaptureError
+from peftc.files import LARGEST, content
 from peftc.kinds import LINEAR, dump, expert_kinds, kind_of
 from peftc.roles import Roles, trace
 from peftc.tracing import trace_linear
@@ -153,7 +154,7 @@ def checkpoint_outline(checkpoint: Checkpoint) -> Outline:
     key = digest_bytes("|".join(parts).encode() + config)
     path = cache_folder() / "outlines" / f"{key}.json"
     try:
-        return Outline.model_validate_json(path.read_bytes())
+        return Outline.model_validate_json(content(path, LARGEST))
     except (OSError, ValidationError):
         model = skeleton(checkpoint)
         outline = outline_of(model)
@@ -181,6 +182,7 @@ def architecture(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     """
     import transformers
 
+    _check_kernels(checkpoint)
     names = checkpoint.config.get("architectures") or []
     if not isinstance(names, list) or not names:
         raise CaptureError(
@@ -202,11 +204,31 @@ def architecture(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     return cls
 
 
+def _check_kernels(checkpoint: Checkpoint) -> None:
+    """Refuses a config that has transformers fetch kernels from the hub: they are code."""
+
+    def named(value: Any, at: str = "") -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from named(inner, at if "implementation" in at else str(key))
+        elif isinstance(value, str) and "implementation" in at and not value.isidentifier():
+            yield f"{at}: {value[:80]!r}"
+
+    if found := list(named(dict(checkpoint.config))):
+        raise CaptureError(
+            f"names code to fetch from the hub, which is not run ({', '.join(found)})",
+            where=str(checkpoint.path / "config.json"),
+            fix="take it out, and choose an implementation where you load the model yourself",
+        )
+
+
 def config_of(checkpoint: Checkpoint) -> Any:
     """The config as transformers has it, edited where a pass edited the checkpoint's."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config: Any = AutoConfig.from_pretrained(
+        checkpoint.path, local_files_only=True, trust_remote_code=False
+    )
     if checkpoint.config != read_json(checkpoint.path / "config.json", "a checkpoint"):
         config = type(config).from_dict(copy.deepcopy(dict(checkpoint.config)))
         config._name_or_path = str(checkpoint.path)

@@ -19,7 +19,8 @@ def whole_match(pattern: str, name: str) -> Any:
     """A regular expression's match of a whole name, in bounded time: it may be a stranger's.
 
     Raises:
-        SelectionError: It takes a second, which none that is meant for a module's name does.
+        SelectionError: It is none, or takes a second, which none that is meant for a module's name
+            does.
     """
     try:
         return regex.fullmatch(pattern, name, timeout=1)
@@ -28,6 +29,10 @@ def whole_match(pattern: str, name: str) -> Any:
             f"the regular expression {short(pattern)} takes too long",
             where=name,
             fix="write one without repetitions of repetitions",
+        ) from error
+    except (regex.error, RecursionError) as error:
+        raise SelectionError(
+            f"{short(pattern)} is no regular expression: {error}", where=name, fix="correct it"
         ) from error
 
 

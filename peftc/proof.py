@@ -208,8 +208,9 @@ def loaded(checkpoint: Checkpoint) -> nn.Module:
     if parts_of(checkpoint.tensors):
         return materialize(capture(checkpoint.path), dtype=torch.float32)
     model: Any = architecture(checkpoint).from_pretrained(
-        checkpoint.path, dtype=torch.float32, local_files_only=True
-    )
+        checkpoint.path, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+        trust_remote_code=False,
+    )  # fmt: skip
     module: nn.Module = model.eval()
     return module
 
@@ -244,7 +245,9 @@ def _inputs(model: nn.Module, path: Path) -> tuple[dict[str, torch.Tensor] | Non
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
         rows = [tokenizer(text)["input_ids"] for text in TEXTS]
         length = min(len(row) for row in rows)
         ids, origin = torch.tensor([row[:length] for row in rows]), "tokenized text"

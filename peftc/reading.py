@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from peftc.checkpoint import contained
 from peftc.constants import Leaf
 from peftc.devices import CPU
 from peftc.errors import CheckpointError
-from peftc.safetensors_file import TensorRef
+from peftc.files import descriptor
+from peftc.safetensors_file import TensorRef, read_header
 
 
 def read(
@@ -29,6 +31,25 @@ def read(
     raw = _read_bytes(ref.file, ref.start + low * row, (high - low) * row, pinned)
     rows = raw.view(leaf.spec.dtype).reshape(high - low, *shape[1:])
     return rows.to(device, non_blocking=True)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a small file, such as an adapter's.
+
+    Raises:
+        CheckpointError: It is missing or damaged, a link out of its folder, or of a dtype that
+            torch does not have.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    read_header(contained(path.parent, path.name))  # whose errors say what is damaged
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(
+            f"cannot be read: {error}", where=str(path), fix="download or write it again"
+        ) from error
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,7 +84,7 @@ class _OpenFile:
     """A file descriptor that closes with its last user."""
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = descriptor(path)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

@@ -21,6 +21,7 @@ from peftc.errors import (
     did_you_mean,
     raise_all,
 )
+from peftc.files import content
 
 MAX_BYTES = 1 << 20
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -91,12 +92,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read(path: Path) -> Any:
     try:
-        raw = path.read_bytes()
-        if len(raw) > MAX_BYTES:
-            raise RecipeError(
-                f"is larger than {MAX_BYTES} bytes", where=str(path), fix="shorten it"
-            )
-        return yaml.load(raw, _Loader)  # a safe one
+        return yaml.load(content(path, MAX_BYTES), _Loader)  # a safe one
     except OSError as error:
         raise RecipeError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check the path"

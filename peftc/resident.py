@@ -28,7 +28,7 @@ from peftc.errors import (
     raise_all,
 )
 from peftc.patterns import pattern_key
-from peftc.safetensors_file import read_header
+from peftc.reading import tensors
 
 ROWS, SWAP = "rows", "swap"
 CANONICAL = "make a plain LoRA of it: peftc export … --format peft --canonical"
@@ -180,7 +180,10 @@ class Slots:
         tensors: Tensors = {}
         for site, pair in found.items():
             a, b = names_of(site)
-            factor = scale(site, pair["A"].shape[0])
+            try:
+                factor = scale(site, pair["A"].shape[0])
+            except (TypeError, ValueError, ArithmeticError) as error:
+                raise _misfit(site, where, f"has no scale: {error}", SAVE_AGAIN) from error
             tensors |= {a: pair["A"].float(), b: pair["B"].float() * factor}
         rank = max(pair["A"].shape[0] for pair in found.values())
         return self._padded(name, tensors, rank)
@@ -226,12 +229,9 @@ def _misfit(key: str, where: str, what: str, fix: str) -> AdapterError:
 
 
 def _load(file: Path) -> Tensors:
-    from safetensors.torch import load_file
-
-    if not file.is_file():
+    if not file.exists():
         raise AdapterError("is missing", where=str(file), fix=SAVE_AGAIN)
-    read_header(file)  # whose errors say what is damaged
-    return dict(load_file(file))
+    return tensors(file)
 
 
 def _unlike_lora(config: Mapping[str, Any], where: str) -> list[PeftcError]:
@@ -254,7 +254,8 @@ def _unlike_lora(config: Mapping[str, Any], where: str) -> list[PeftcError]:
 
 def _scales(config: Mapping[str, Any]) -> Any:
     """The scale of a site's LoRA of a rank: α/r, or α/√r, as PEFT has it."""
-    patterns = config.get("alpha_pattern") or {}
+    patterns = config.get("alpha_pattern")
+    patterns = patterns if isinstance(patterns, dict) else {}
 
     def scale(site: str, rank: int) -> float:
         key = pattern_key(patterns, site)

@@ -10,12 +10,20 @@ from typing import Any, Self
 import numpy as np
 
 from peftc.artifact import MANIFEST, Artifact
+from peftc.checkpoint import intruders, read_json, within
 from peftc.errors import PeftcError, RunError, raise_all
 from peftc.extras import lacking
+from peftc.files import is_plain
 from peftc.running import Array, Sampling
 
 GRAPH, CONFIG = "model.onnx", "genai_config.json"
 ALONE = "adapter.onnx_adapter"  # the file of an adapter that was exported by itself
+# Of genai_config.json what says no more than how a decoder is called, and in how many threads.
+DECODER = (
+    "session_options", "filename", "head_size", "hidden_size", "inputs", "outputs",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+)  # fmt: skip
+OPTIONS = ("log_id", "provider_options", "intra_op_num_threads", "inter_op_num_threads")
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -27,6 +35,7 @@ class GenAI:
 
         self.genai, self.folder = onnxruntime_genai, path
         self.engine = f"onnxruntime-genai {version('onnxruntime-genai')}"
+        raise_all(intruders(path) or dangers(path))
         try:
             self.model = onnxruntime_genai.Model(str(path))
             self.adapters = onnxruntime_genai.Adapters(self.model) if adapter else None
@@ -81,6 +90,7 @@ class PlainRuntime:
         import onnxruntime
 
         self.folder, self.engine = path, f"onnxruntime {onnxruntime.__version__}"
+        raise_all(intruders(path))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.options = onnxruntime.RunOptions()
@@ -147,6 +157,41 @@ class PlainRuntime:
             new = chosen[:, None]
 
 
+def dangers(path: Path) -> list[PeftcError]:
+    """What of a directory's genai_config.json could have onnxruntime-genai load foreign code.
+
+    It knows settings that name libraries, and files elsewhere; peftc writes none of them.
+    """
+    model = read_json(path / CONFIG, "a model of onnxruntime-genai").get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if not (isinstance(model, dict) and isinstance(decoder, dict)):
+        return [_unsafe(path, "describes no decoder")]
+    options = decoder.get("session_options", {})
+    providers = options.get("provider_options", []) if isinstance(options, dict) else None
+    found = [
+        f"model.{name}"
+        for name, value in model.items()
+        if name != "decoder" and isinstance(value, (dict, str)) and name != "type"
+    ]
+    found += [f"model.decoder.{name}" for name in decoder if name not in DECODER]
+    found += [f"session_options.{name}" for name in options or () if name not in OPTIONS]
+    if providers not in ([], [{"cpu": {}}], [{"cuda": {}}]):
+        found.append("provider_options")
+    if not is_plain(str(decoder.get("filename", GRAPH))):
+        found.append("model.decoder.filename")
+    return [_unsafe(path, f"has settings that peftc does not write: {', '.join(found)}")] * bool(
+        found
+    )
+
+
+def _unsafe(path: Path, what: str) -> RunError:
+    return RunError(
+        f"{what}; some of onnxruntime-genai's settings load code, so it is not run",
+        where=str(path / CONFIG),
+        fix="take them out, or run it in plain onnxruntime: --engine onnxruntime",
+    )
+
+
 def adapter_file(path: Path, adapter: str | None) -> Path | None:
     """The file of an adapter: of a name that the base has, of a directory, or the file itself.
 
@@ -160,10 +205,13 @@ def adapter_file(path: Path, adapter: str | None) -> Path | None:
     """
     if adapter is None:
         return None
-    said: Mapping[str, Any] = Artifact.open(path).manifest.get("onnx") or {}
-    own: dict[str, Path] = {
-        name: path / one["files"][GRAPH] for name, one in (said.get("adapters") or {}).items()
-    }
+    base = Artifact.open(path)
+    with base.described():
+        said: Mapping[str, Any] = base.manifest.get("onnx") or {}
+        own = {
+            name: within(path, one["files"][GRAPH])
+            for name, one in (said.get("adapters") or {}).items()
+        }
     if adapter in own:
         return own[adapter]
     given = Path(adapter)
@@ -179,7 +227,9 @@ def adapter_file(path: Path, adapter: str | None) -> Path | None:
     if (folder / MANIFEST).is_file():
         artifact = Artifact.open(folder)
         raise_all(artifact.damage())
-        if (artifact.manifest.get("onnx") or {}).get("base") != said.get("base"):
+        with artifact.described():
+            fits = (artifact.manifest.get("onnx") or {}).get("base") == said.get("base")
+        if not fits:
             raise RunError(
                 f"was made for another base than {path}",
                 where=f"--adapter {adapter}",

@@ -16,8 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from peftc.artifact import LOCK, claimed, fsync_folder, whole_lines
+from peftc.artifact import LOCK, claimed, fsync_folder
+from peftc.checkpoint import read_json
 from peftc.errors import ArtifactError, TrainingError
+from peftc.files import fresh, lines, opened, write
 
 PURPOSE = "training"
 SETTINGS, METRICS, SEAL = "run.json", "metrics.jsonl", "sealed"
@@ -48,7 +50,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The figures so far, a mapping for each step and for each evaluation."""
-        return whole_lines(self.root / METRICS)
+        return [line for line in lines(self.root / METRICS) if type(line.get("step")) is int]
 
     def begin(self, what: Mapping[str, Any], restart: bool) -> None:
         """Takes up what an earlier run left, if it was the same training.
@@ -66,7 +68,7 @@ class Run:
                 if path.name != LOCK:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         if file.exists() and self.checkpoints:
-            self._compare(json.loads(file.read_text()), what)
+            self._compare(read_json(file, "a training's working directory"), what)
         for partial in set(self.root.glob(f"{PREFIX}*")) - set(self.checkpoints):
             shutil.rmtree(partial)
         step = step_of(self.last) if self.last else 0
@@ -76,7 +78,8 @@ class Run:
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         plain = json.loads(json.dumps(now))
-        old, new = before.get("settings", {}), plain["settings"]
+        old, new = before.get("settings"), plain["settings"]
+        old = old if isinstance(old, dict) else {}
         changed = [f"{name} was {old.get(name)!r} and is {value!r}"
                    for name, value in new.items() if old.get(name) != value]  # fmt: skip
         changed += [f"the {part} is another" for part in plain
@@ -106,9 +109,9 @@ class Run:
         """
         try:
             for file in (path for path in checkpoint.rglob("*") if path.is_file()):
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            with (checkpoint / SEAL).open("w") as seal:
+                with opened(file) as written:
+                    os.fsync(written.fileno())
+            with fresh(checkpoint / SEAL) as seal:
                 os.fsync(seal.fileno())
             fsync_folder(checkpoint)
             fsync_folder(self.root)
@@ -135,9 +138,12 @@ class Run:
         return f"from step {step_of(self.last)}" if self.last else "from the beginning"
 
     def _replace(self, name: str, text: str) -> None:
-        fresh = self.root / f"{name}.new"
-        fresh.write_text(text)
-        fresh.replace(self.root / name)
+        staged = self.root / f"{name}.new"
+        try:
+            write(staged, text)
+            staged.replace(self.root / name)
+        except OSError as error:
+            raise self.unwritten(error) from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.artifact import MANIFEST, Artifact, digest
+from peftc.artifact import Artifact, digest
 from peftc.calling import MASK, POSITIONS, Tensors
 from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, InputError, PeftcError, raise_all
@@ -48,18 +48,12 @@ def load(path: str | Path, *, verify: bool = False) -> Runtime:
             where=str(path),
             fix="export it with --format pt2",
         )
-    try:
+    with artifact.described():
         told = artifact.manifest["pt2"]
         errors = differences(told["built"], here(told["built"]["device"]), str(path))
         errors += artifact.damage() if verify else _foreign(artifact, told["library"])
         raise_all(errors)
         return Runtime(artifact.path, told)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(
-            f"is damaged: {error!r} where its libraries are described",
-            where=str(artifact.path / MANIFEST),
-            fix="export it again",
-        ) from error
 
 
 def _foreign(artifact: Artifact, name: str) -> list[PeftcError]:
@@ -255,13 +249,20 @@ class Runtime:
         from tokenizers import Tokenizer
 
         file = self.path / "tokenizer.json"
-        if not file.is_file():
+        if not (file.is_file() and contained(self.path, file.name)):
             raise ArtifactError(
                 "is missing, and text cannot be made tokens of",
                 where=str(file),
                 fix="give token ids, or save a fast tokenizer beside the checkpoint",
             )
-        return Tokenizer.from_file(str(file))
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the library's exceptions have no class in common
+            raise ArtifactError(
+                f"cannot be read: {str(error).splitlines()[0]}",
+                where=str(file),
+                fix="save a fast tokenizer there again",
+            ) from error
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -270,7 +271,8 @@ class Runtime:
         for name in ("config.json", "generation_config.json"):
             if (self.path / name).is_file():
                 told = read_json(self.path / name, "a model's configuration")
-                found |= {**told.get("text_config", {}), **told}
+                inner = told.get("text_config")
+                found |= {**(inner if isinstance(inner, dict) else {}), **told}
         return found
 
     def _start(self, given: Tensor | Tensors) -> tuple[Graph, Tensor, Tensors]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import CheckpointError, PeftcError
+from peftc.files import opened
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 BITS = {
@@ -77,9 +77,7 @@ def read_header(path: Path, *beside: Path) -> SafetensorsFile:
         return CheckpointError(what, where=str(path), fix=fix)
 
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # before opening: a pipe would block
-            raise bad("is not a regular file")
-        with path.open("rb") as file:
+        with opened(path) as file:
             info = os.fstat(file.fileno())
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -103,6 +101,10 @@ def read_header(path: Path, *beside: Path) -> SafetensorsFile:
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise bad("its __metadata__ is not a JSON object of strings")
+    try:
+        "".join([*metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise bad("its __metadata__ is no text") from error
     try:
         refs = [_ref(path, name, entry, 8 + length, states) for name, entry in header.items()]
     except PeftcError as error:

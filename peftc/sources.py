@@ -20,7 +20,9 @@ def tokenizer_of(program: Program) -> Any:
 
     path = program.source.checkpoint.path if hasattr(program.source, "checkpoint") else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises what it pleases
         raise TrainingError(
             f"has no tokenizer that transformers loads: {str(error).splitlines()[0]}",
@@ -33,7 +35,8 @@ def tokenizer_of(program: Program) -> Any:
 def limit_of(program: Program, tokenizer: Any) -> int:
     """The most tokens that a model takes."""
     config: Any = program.source.checkpoint.config if hasattr(program.source, "checkpoint") else {}
-    text = config.get("text_config") or config
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
     known = (text.get(name) for name in ("max_position_embeddings", "n_positions"))
     numbers = [n for n in (*known, tokenizer.model_max_length) if isinstance(n, int)]
     return min([*numbers, LONGEST])

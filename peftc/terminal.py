@@ -56,14 +56,13 @@ class Terminal:
         from rich.table import Table
         from rich.text import Text
 
-        def plain(value: Any) -> Text:  # names come from files, and may hold anything
-            return Text("".join(c for c in str(value) if c.isprintable() or c == "\n"))
-
-        table = Table(title=plain(title), title_justify="left", header_style="bold", box=SIMPLE)
+        table = Table(
+            title=Text(plain(title)), title_justify="left", header_style="bold", box=SIMPLE
+        )
         for i, name in enumerate(head):
             table.add_column(name, overflow="fold", justify="left" if i == 0 else "default")
         for row in rows:
-            table.add_row(*map(plain, row))
+            table.add_row(*(Text(plain(value)) for value in row))
         self.out.print(table)
 
     @contextmanager
@@ -106,10 +105,15 @@ class Terminal:
 
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         for e in errors:
-            where = f"{escape(e.where)}: " if e.where else ""
-            console.print(f"[bold red]error[/]: {where}{escape(e.what)}")
+            where = f"{escape(plain(e.where))}: " if e.where else ""
+            console.print(f"[bold red]error[/]: {where}{escape(plain(e.what))}")
             if e.fix:
-                console.print(f"  [bold]fix[/]: {escape(e.fix)}")
+                console.print(f"  [bold]fix[/]: {escape(plain(e.fix))}")
+
+
+def plain(value: Any) -> str:
+    """A value without what a terminal would obey: names come from files, and may hold anything."""
+    return "".join(c for c in str(value) if c.isprintable() or c == "\n")
 
 
 class _Shown(Progress):

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peftc.checkpoint import read_json
+from peftc.checkpoint import MAX_JSON, contained, read_json
 from peftc.errors import RunError
+from peftc.files import content
 
 Message = Mapping[str, str]  # role and content
 
@@ -31,6 +32,8 @@ class Text:
         from tokenizers import Tokenizer
 
         self.folder, file = folder, folder / "tokenizer.json"
+        if file.exists():
+            contained(folder, file.name)
         try:
             self.tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library's exceptions have no class in common
@@ -45,14 +48,19 @@ class Text:
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
         given = self._known("eos_token_id")
-        return frozenset(given if isinstance(given, list) else [given]) - {None}
+        return frozenset(
+            token
+            for token in (given if isinstance(given, list) else [given])
+            if isinstance(token, int)
+        )
 
     @cached_property
     def context(self) -> int | None:
         """How many tokens the model takes, where a config says so."""
-        genai = _read(self.folder / "genai_config.json").get("model", {})
+        genai = _read(self.folder / "genai_config.json").get("model")
         names = ("max_position_embeddings", "n_positions")
-        known = (genai.get("context_length"), *map(self._known, names))
+        said = genai.get("context_length") if isinstance(genai, dict) else None
+        known = (said, *map(self._known, names))
         return next((length for length in known if isinstance(length, int)), None)
 
     def encode(self, prompt: str) -> list[int]:
@@ -65,7 +73,6 @@ class Text:
         Raises:
             RunError: There is no template, or it refuses the messages.
         """
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template  # without torch
 
         if (source := self._template) is None:
@@ -77,7 +84,7 @@ class Text:
             )
         special = _read(self.folder / "tokenizer_config.json")
         tokens = {
-            name: token["content"] if isinstance(token, dict) else token
+            name: token.get("content") if isinstance(token, dict) else token
             for name, token in special.items()
             if name.endswith("_token") and token is not None
         }
@@ -85,13 +92,13 @@ class Text:
             (written,), _ = render_jinja_template(
                 [list(messages)], chat_template=source, add_generation_prompt=True, **tokens
             )
-        except TemplateError as error:
+            return list(self.tokenizer.encode(written, add_special_tokens=False).ids)
+        except Exception as error:  # a template may raise anything
             raise RunError(
                 f"the chat template refuses the messages: {error}",
                 where=str(self.folder),
                 fix="ask without --system, or without --chat",
             ) from error
-        return list(self.tokenizer.encode(written, add_special_tokens=False).ids)
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens, as soon as characters are whole; special tokens are left out."""
@@ -110,22 +117,27 @@ class Text:
     @property
     def _template(self) -> str | None:
         file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text()
+        if file.exists():
+            try:
+                return content(contained(self.folder, file.name), MAX_JSON).decode()
+            except (OSError, UnicodeDecodeError) as error:
+                raise RunError(
+                    f"cannot be read: {error}", where=str(file), fix="save the tokenizer again"
+                ) from error
         given = _read(self.folder / "tokenizer_config.json").get("chat_template")
         if isinstance(given, list):  # several by name
-            given = {one["name"]: one["template"] for one in given}.get("default")
+            named = [one for one in given if isinstance(one, dict) and one.get("name") == "default"]
+            given = named[-1].get("template") if named else None
         return given if isinstance(given, str) else None
 
     def _known(self, name: str) -> Any:
         """What the first config says that says anything."""
         config = _read(self.folder / "config.json")
-        inner = config.get("text_config") or {}
-        found = (
-            c.get(name) for c in (_read(self.folder / "generation_config.json"), config, inner)
-        )
+        inner = config.get("text_config")
+        places = (_read(self.folder / "generation_config.json"), config, inner)
+        found = (place.get(name) for place in places if isinstance(place, dict))
         return next((value for value in found if value is not None), None)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return read_json(file, "a checkpoint") if file.is_file() else {}
+    return read_json(file, "a checkpoint") if file.exists() else {}

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,9 +24,17 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState, Traini
 from peftc.api import load, write_applied
 from peftc.artifact import Artifact, obstacles
 from peftc.callbacks import callback
+from peftc.checkpoint import intruders
 from peftc.contract import Pass
 from peftc.curve import draw
-from peftc.errors import DataError, Interrupted, PeftcError, TrainingError, raise_all
+from peftc.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    PeftcError,
+    TrainingError,
+    raise_all,
+)
 from peftc.examples import read_examples
 from peftc.exporters.to_safetensors import folders
 from peftc.extras import lacking
@@ -265,8 +274,13 @@ def _train(
     start = run.last
     tuner.args.eval_on_start = job.held is not None and start is None
     finished = False
+    if start is not None:
+        raise_all(intruders(start))
     if start is not None and not tuner.is_fsdp_enabled:
-        tuner.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+        try:
+            tuner.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+        except (OSError, ValueError, TypeError) as error:
+            raise _unfit(start, error) from error
         finished = step_of(start) >= job.steps or watch.exhausted(tuner.state.log_history)
     reset_peak()
     watch.listen()
@@ -286,6 +300,8 @@ def _train(
     except RuntimeError as error:
         raise_lost(error, run)
         raise
+    except UnpicklingError as error:  # transformers has its pickles read as weights only
+        raise _unfit(start or run.root, error) from error
     finally:
         watch.deafen()
     if watch.stopped:
@@ -299,6 +315,14 @@ def _train(
         tuner.restore(next(path for path in run.checkpoints if step_of(path) == best))
     went_on = step_of(start) if start else None
     return _figures(job, tuner, run, went_on, best), tuner.state_of_all()
+
+
+def _unfit(checkpoint: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot be gone on from: {str(error).strip().splitlines()[0]}",
+        where=str(checkpoint),
+        fix="remove its directory to go on from an earlier one, or add --restart",
+    )
 
 
 def _tuner(job: _Job, model: nn.Module, run: Run, progress: Progress) -> tuple[Tuner, Watch]:

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from peftc.errors import CheckpointError, TrainingError
 from peftc.progress import Progress
 from peftc.rates import optimizer_groups
+from peftc.reading import tensors
 from peftc.runs import PREFIX, Run, best_of
 from peftc.scoring import perplexity, token_loss
 from peftc.token_rows import Rows
@@ -147,11 +148,11 @@ class Tuner(Trainer):  # type: ignore[misc]  # transformers has no types
             CheckpointError: It cannot be read, or does not hold them.
         """
         try:
-            saved = load_file(checkpoint / WEIGHTS)
-        except (OSError, SafetensorError) as error:
+            saved = tensors(checkpoint / WEIGHTS)
+        except CheckpointError as error:
             raise CheckpointError(
-                f"cannot be read: {error}",
-                where=str(checkpoint / WEIGHTS),
+                error.what,
+                where=error.where,
                 fix="remove its directory, to go on from an earlier one",
             ) from error
         trained = self.trained()

@@ -23,6 +23,7 @@ from blake3 import blake3
 
 from peftc.checkpoint import contained, read_json
 from peftc.errors import ArtifactError, raise_all
+from peftc.files import opened, write
 from peftc.machine import differences, here
 
 CACHE, TOLD = "torch_compile.cache", "torch_compile.json"
@@ -62,9 +63,9 @@ def save_compile_cache(folder: str | Path) -> dict[str, int]:
     told = {"built": here(), "blake3": blake3(data).hexdigest(), "entries": counts}
     try:
         for name, content in ((CACHE, data), (TOLD, json.dumps(told, indent=2).encode())):
-            fresh = Path(folder) / f".{name}.new"
-            fresh.write_bytes(content)
-            fresh.replace(Path(folder) / name)
+            staged = Path(folder) / f".{name}.new"
+            write(staged, content)
+            staged.replace(Path(folder) / name)
     except OSError as error:
         raise ArtifactError(
             f"could not be written: {error.strerror}",
@@ -88,7 +89,8 @@ def load_compile_cache(folder: str | Path) -> dict[str, int]:
     """
     root = Path(folder)
     told: dict[str, Any] = read_json(root / TOLD, "a cache of torch.compile")
-    data = contained(root, CACHE).read_bytes()
+    with opened(contained(root, CACHE)) as file:
+        data = file.read()
     if blake3(data).hexdigest() != told.get("blake3"):
         raise ArtifactError(
             "is not what was saved, and is not loaded",

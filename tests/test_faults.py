@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import peftc
 from peftc import interrupts
-from peftc.artifact import Artifact, claimed, whole_lines
+from peftc.artifact import Artifact, claimed
 from peftc.errors import ArtifactError, CheckpointError, PeftcError
+from peftc.files import lines
 from peftc.interrupts import Terminated
 from peftc.progress import Progress
 
@@ -215,7 +216,7 @@ def test_artifact_comes_back_when_a_run_was_killed_between_two_renames(
 
 def test_half_a_line_of_a_log_is_none(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"a": 1}\n{"b": 2}\n{"c"')
-    assert whole_lines(tmp_path / "log") == [{"a": 1}, {"b": 2}]
+    assert lines(tmp_path / "log") == [{"a": 1}, {"b": 2}]
 
 
 @pytest.mark.parametrize("form", ["peft", "safetensors"])

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "passes", "exporters")
 # From the bottom up: a module may import those above it in this list, and none below.
 ORDER = [
-    "interrupts", "errors", "extras", "progress", "safetensors_file", "checkpoint", "ops", "graphs",
-    "constants", "devices", "reading", "flat", "evaluate", "four_bit", "kinds", "layout", "sites",
-    "program", "patterns", "targets", "contract", "tuning", "examples", "token_rows", "scoring",
-    "sources", "memory",
+    "interrupts", "errors", "files", "extras", "progress", "safetensors_file", "checkpoint", "ops",
+    "graphs", "constants", "devices", "reading", "flat", "evaluate", "four_bit", "kinds", "layout",
+    "sites", "program", "patterns", "targets", "contract", "tuning", "examples", "token_rows",
+    "scoring", "sources", "memory",
     "curve", "adapterhub", "adapter", "registry", "rules", "algebra", "factors", "deltas",
     "mixing", "pipeline", "tracing", "conversion", "sublayers", "roles", "attention", "outline",
     "capturing", "structure", "constant_layer", "calling", "normal", "repeated", "whole", "pieces",
@@ -34,7 +34,8 @@ ORDER = [
     "__main__",
 ]  # fmt: skip
 TORCH_FREE = [
-    "interrupts", "patterns", "errors", "extras", "progress", "safetensors_file", "checkpoint",
+    "interrupts", "patterns", "errors", "files", "extras", "progress", "safetensors_file",
+    "checkpoint",
     "targets", "contract", "tuning", "examples", "runs", "curve", "cli_tune", "registry", "recipe",
     "artifact", "direct", "early", "terminal", "formats", "reports", "inspection", "cli_options",
     "cli_parts", "cli_plan", "cli", "passes.lora", "passes.dora", "passes.adalora", "passes.vera",

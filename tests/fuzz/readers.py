@@ -3,86 +3,25 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
-import os
-import shutil
-import struct
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import nn
 
 from peftc import Attach, Pipeline, Program, capture
 from peftc.adapter import AdapterDirectory
 from peftc.artifact import Artifact
 from peftc.checkpoint import Checkpoint
+from peftc.errors import raise_all
 from peftc.recipe import Recipe
 from peftc.safetensors_file import read_header
-
-
-@dataclass(frozen=True)
-class Reader:
-    """One of peftc's readers.
-
-    Attributes:
-        name: Of it, in reports and in the corpus.
-        file: The file that is hostile.
-        others: What lies beside it.
-        read: Reads the folder, or raises a PeftcError.
-        seeds: Sound files to begin from.
-        share: Of the inputs, against the others: less where one takes long.
-    """
-
-    name: str
-    file: str
-    others: dict[str, bytes]
-    read: Callable[[Path], Any]
-    seeds: tuple[bytes, ...]
-    share: float = 1.0
-
-    @contextmanager
-    def folder(self) -> Iterator[Path]:
-        """A folder in memory with the other files in it."""
-        cache = os.environ.get("PEFTC_CACHE")
-        memory = Path("/dev/shm")
-        base = memory if os.access(memory, os.W_OK) else None
-        root = Path(tempfile.mkdtemp(prefix="peftc-fuzz-", dir=base))
-        try:
-            for name, data in self.others.items():
-                (root / name).write_bytes(data)
-            os.environ["PEFTC_CACHE"] = str(root / "cache")
-            yield root
-        finally:
-            os.environ.pop("PEFTC_CACHE") if cache is None else os.environ.update(PEFTC_CACHE=cache)
-            shutil.rmtree(root, ignore_errors=True)
-
-    def feed(self, root: Path, data: bytes) -> None:
-        """Reads `data`; whatever comes of it but a PeftcError is for the caller to report."""
-        (root / self.file).write_bytes(data)
-        self.read(root)
-
-
-def safetensors(tensors: dict[str, Any], size: int, **more: Any) -> bytes:
-    """A safetensors file of zeros with such a header."""
-    text = json.dumps({**tensors, **more}).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(size)
-
-
-def tensor(dtype: str, shape: list[int], low: int, high: int) -> dict[str, Any]:
-    """A header's entry."""
-    return {"dtype": dtype, "shape": shape, "data_offsets": [low, high]}
-
-
-def as_bytes(value: Any) -> bytes:
-    """JSON."""
-    return json.dumps(value).encode()
-
+from peftc.terminal import Terminal
+from tests.fuzz.reader import Reader, as_bytes, safetensors, tensor, zeros
+from tests.fuzz.running_readers import running_readers
 
 TWO = safetensors(
     {"a.weight": tensor("F32", [2, 3], 0, 24), "b.weight": tensor("BF16", [4], 24, 32)}, 32,
@@ -100,10 +39,11 @@ RICH = {
 }  # fmt: skip
 HUB = {"version": "1.0", "model_class": "BertAdapterModel", "config": {"architecture": None}}
 INDEX = {"metadata": {"total_size": 32}, "weight_map": {"a.weight": "x.safetensors"}}
+EMPTY = {"size": 2, "blake3": blake3(b"{}").hexdigest()}
 MANIFEST = {
     "peftc": 1, "kind": "model", "source": {"path": "/base"}, "adapters": {}, "inputs": {},
-    "journal": [{"title": "lora", "options": {"rank": 2}}],
-    "files": {"config.json": {"size": 2, "blake3": "00"}, "a/b.json": {"size": 2, "blake3": "00"}},
+    "journal": [{"title": "lora", "options": {"rank": 2}, "effect": "identity"}],
+    "files": {"config.json": EMPTY, "a/b.json": EMPTY},
 }  # fmt: skip
 RECIPE = b"""peftc: 1
 passes:
@@ -121,7 +61,7 @@ def onnx_data(root: Path) -> Any:
     """Where a graph's external data lies."""
     from peftc.exporters.to_onnx import external_data
 
-    return external_data(root)
+    raise_all(external_data(root))
 
 
 def onnx_seed(location: str, offset: int = 0, length: int = 24) -> bytes:
@@ -137,7 +77,24 @@ def onnx_seed(location: str, offset: int = 0, length: int = 24) -> bytes:
 
 def manifest(root: Path) -> Any:
     """A manifest, and whether its files are sound."""
-    return Artifact.open(root).damage()
+    raise_all(Artifact.open(root).damage())
+
+
+def shown(root: Path) -> Any:
+    """What `peftc inspect` says of a folder, in whatever it holds."""
+    from peftc.inspection import inspect
+
+    with redirect_stdout(io.StringIO()):
+        return inspect(str(root), Terminal(as_json=True, quiet=True))
+
+
+def header(root: Path) -> Any:
+    """A header that the library safetensors has to read too, where we do."""
+    from safetensors import safe_open
+
+    read_header(root / "x")
+    with safe_open(root / "x", "np") as opened:
+        return list(opened.keys())
 
 
 class Block(nn.Module):
@@ -165,16 +122,6 @@ def attached(root: Path) -> Any:
 def captured(root: Path) -> Any:
     """A checkpoint as a program."""
     return capture(root)
-
-
-def zeros(**shapes: list[int]) -> bytes:
-    """A file of fp32 zeros; `__` in a name is a dot."""
-    table, position = {}, 0
-    for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        table[name.replace("__", ".")] = tensor("F32", shape, position, position + size)
-        position += size
-    return safetensors(table, position)
 
 
 LORA_WEIGHTS = zeros(**{
@@ -207,26 +154,34 @@ def readers() -> dict[str, Reader]:
     config, weights = as_bytes(CONFIG), {"model.safetensors": TWO}
     adapter = {"adapter_model.safetensors": TWO}
     found = [
-        Reader("header", "x", {}, lambda root: read_header(root / "x"), (TWO, ONE)),
+        Reader("header", "x", {}, header, (TWO, ONE), share=6),
         Reader(
             "index", "model.safetensors.index.json",
             {"config.json": config, "x.safetensors": TWO}, Checkpoint.open,
             (as_bytes(INDEX), as_bytes({"weight_map": {"a.weight": "../x.safetensors"}})),
         ),
-        Reader("config", "config.json", weights, Checkpoint.open, (config,)),
+        Reader("config", "config.json", weights, Checkpoint.open, (config,), share=2),
         Reader(
             "adapter", "adapter_config.json", adapter, AdapterDirectory.open,
-            (as_bytes(LORA), as_bytes(HUB)),
+            (as_bytes(LORA), as_bytes(HUB)), share=2,
         ),
-        Reader("manifest", "peftc.json", {"config.json": b"{}"}, manifest, (as_bytes(MANIFEST),)),
-        Reader("recipe", "r.yaml", {}, lambda root: Recipe.load(root / "r.yaml"), (RECIPE, BOMB)),
+        Reader("manifest", "peftc.json", {"config.json": b"{}", "a/b.json": b"{}"}, manifest,
+               (as_bytes(MANIFEST),), share=3),
+        Reader("recipe", "r.yaml", {}, lambda root: Recipe.load(root / "r.yaml"), (RECIPE, BOMB),
+               share=0.3),
         Reader("attach", "adapter_config.json", {"adapter_model.safetensors": LORA_WEIGHTS},
-               attached, (as_bytes(LORA), as_bytes(RICH))),
+               attached, (as_bytes(LORA), as_bytes(RICH)), share=0.2),
         Reader("capture", "config.json", {"model.safetensors": LLAMA_WEIGHTS}, captured,
-               (as_bytes(LLAMA),), share=0.01),
+               (as_bytes(LLAMA),), share=0.015),
         Reader(
             "onnx", "model.onnx", {"x.safetensors": TWO}, onnx_data,
             (onnx_seed("x.safetensors"), onnx_seed("../x"), onnx_seed("x.safetensors", 9, 2**62)),
         ),
+        Reader("inspect", "peftc.json", {**weights, "config.json": config}, shown,
+               (as_bytes({**MANIFEST, "proof": {"site": {"relative_error": 1, "bound": 1}}}),)),
+        Reader("inspect_adapter", "adapter_config.json", {**adapter, "adapter.safetensors": TWO},
+               shown, (as_bytes(RICH), as_bytes(HUB)), share=0.5),
+        Reader("inspect_config", "config.json", weights, shown, (as_bytes(LLAMA),), share=0.5),
+        *running_readers(),
     ]  # fmt: skip
     return {reader.name: reader for reader in found}
