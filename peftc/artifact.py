@@ -31,6 +31,7 @@ WEIGHTS = ".safetensors"  # the end of the names of files that are nothing but n
 STAGING = "staging"  # what a directory is for in which an artifact is written
 LOG = "done.jsonl"  # in a staging directory: what is finished
 AHEAD = "ahead"  # in one too: what was copied before it was known to be needed
+HOLDER = 300  # bytes at most of that name
 LOCK = "lock"  # in every directory of work: held by the run that works there, whose name is in it
 
 
@@ -195,7 +196,7 @@ def claimed(target: Path, purpose: str = STAGING, kept: bool = False) -> Iterato
         raise ArtifactError(
             "is a link, and what it leads to is not touched", where=str(root), fix="remove the link"
         )
-    lock: IO[str] | None = None
+    lock: IO[bytes] | None = None
     try:
         with later():
             lock = _lock(root, target)
@@ -217,13 +218,13 @@ def claimed(target: Path, purpose: str = STAGING, kept: bool = False) -> Iterato
                     shutil.rmtree(root, ignore_errors=True)
 
 
-def _lock(root: Path, target: Path) -> IO[str]:
+def _lock(root: Path, target: Path) -> IO[bytes]:
     """Holds the lock of a directory of work, which names this process."""
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            lock = os.fdopen(os.open(root / LOCK, flags, 0o666), "a+")
+            lock = os.fdopen(os.open(root / LOCK, flags, 0o666), "r+b", buffering=0)
         except FileNotFoundError:  # the run that held it has just ended
             continue
         except OSError as error:
@@ -235,9 +236,9 @@ def _lock(root: Path, target: Path) -> IO[str]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            lock.seek(0)
-            holder = lock.read().strip()
-            lock.close()
+            holder = ""
+            with lock, suppress(OSError):
+                holder = os.pread(lock.fileno(), HOLDER, 0).decode(errors="replace").strip()
             raise ArtifactError(
                 f"another run of peftc{f' ({holder})' if holder else ''} is writing it",
                 where=str(target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,17 +156,12 @@ def mapped(path: Path, told: Mapping[str, Any]) -> Tensors:
             for name, key, dtype, shape in wanted:
                 if (key, dtype) not in shared:
                     x = opened.get_tensor(key) if key in known else torch.empty(0)
-                    shared[key, dtype] = x.reshape(shape) if x.numel() == _count(shape) else x
-                    if x.numel() != _count(shape):
+                    if min(shape, default=0) < 0 or x.numel() != math.prod(shape):
                         raise ArtifactError(
                             f"{key} is not {shape} there, as the library takes it",
                             where=str(path / file),
                             fix="export it again",
                         )
-                    shared[key, dtype] = shared[key, dtype].to(getattr(torch, dtype))
+                    shared[key, dtype] = x.reshape(shape).to(getattr(torch, dtype))
                 tensors[name] = shared[key, dtype]
     return tensors
-
-
-def _count(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()

@@ -92,11 +92,16 @@ CHOSEN = {"header", "recipe", "jsonl", "json", "csv", "parquet", "four_bit"}
 LEFT = {"log", "metrics"}
 # Read by a name that a manifest or a caller has checked.
 NAMED = {"onnx_adapter", "header", "four_bit"}
+# Whether these are there says something, and what is in them does not.
+UNREAD = {
+    ("metrics", "checkpoint-1/sealed"), ("settings", "checkpoint-1/sealed"), ("log", "tree/a.json"),
+    ("inspect_adapter", "adapter.safetensors"),
+}  # fmt: skip
 PLACES = [
     (name, file)
     for name, reader in readers().items()
     for file in (reader.file, *reader.others)
-    if (name, file) not in {("metrics", "checkpoint-1/sealed"), ("log", "tree/a.json")}
+    if (name, file) not in UNREAD
 ]
 
 
@@ -119,7 +124,9 @@ def test_what_is_no_file_of_the_folder_is_refused_at_once(
     INSTEAD[instead](root / file)
     followed = instead == "link_out" and name in CHOSEN | NAMED
     with in_time():
-        if instead == "link_to_nothing":  # as if it were not there
+        # A folder of its name is no manifest: what is there is shown as a checkpoint.
+        unlike = (name, file, instead) == ("inspect", MANIFEST, "folder")
+        if instead == "link_to_nothing" or unlike:  # as if it were not there
             with suppress(PeftcError):
                 reader.read(root)
         elif followed or (name in LEFT and instead != "folder"):
@@ -304,9 +311,9 @@ def _stage_key(target: Path) -> str:
     seen: list[str] = []
     original = Staging.__init__
 
-    def spy(self: Staging, root: Path, target: Path, key: str) -> None:
+    def spy(self: Staging, root: Path, target: Path, key: str, overwrite: bool) -> None:
         seen.append(key)
-        original(self, root, target, key)
+        original(self, root, target, key, overwrite)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Staging, "__init__", spy)

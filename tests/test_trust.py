@@ -44,6 +44,8 @@ OPENERS = {
     "runs.py": "the figures' log, made anew before",
     "outline.py": "peftc's own cache",
     "onnx_adapters.py": "what onnxruntime has just written",
+    "inductor_cache.py": "peftc's own cache, by hash",
+    "warm.py": "what torch has just compiled",
     "direct.py": "files in a staging directory, which holds no links",
 }
 OURS = {"Checkpoint", "Artifact", "ConstantCache", "AdapterDirectory", "cls", "stage", "slots"}

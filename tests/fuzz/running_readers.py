@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from peftc.artifact import Artifact, staging
+from peftc.artifact import STAGING, Artifact, staging
 from peftc.constant_cache import ConstantCache
 from peftc.constants import Held, Leaf
 from peftc.errors import raise_all
@@ -113,8 +113,14 @@ def resident(root: Path) -> Any:
 
 def log(root: Path) -> Any:
     """What an interrupted export left."""
-    with staging(root.parent / "out", key="k", need=0, sources=[], claim=root) as stage:
-        return stage.files
+    away = root.parent / f".{root.name}.peftc-{STAGING}"
+    root.replace(away)
+    try:
+        with staging(root, key="k", need=0, sources=[]) as stage:
+            return stage.files
+    finally:
+        if away.exists():
+            away.replace(root)
 
 
 def run(root: Path) -> Any:
@@ -208,7 +214,7 @@ def running_readers() -> list[Reader]:
         Reader("log", "done.jsonl", {"tree/a.json": b"{}"}, log,
                (as_bytes({"key": "k"}) + b"\n" + as_bytes(line) + b"\n",), share=0.3),
         Reader("part", "part.json", {}, _told, (as_bytes(part),), share=2),
-        Reader("settings", "run.json", {}, run,
+        Reader("settings", "run.json", {"checkpoint-1/sealed": b""}, run,
                (as_bytes({"settings": {"rank": 2}, "model": "m"}),)),
         Reader("metrics", "metrics.jsonl", {"checkpoint-1/sealed": b""}, run,
                (as_bytes(step) + b"\n" + as_bytes({**step, "step": 2}) + b"\n",), share=0.3),
