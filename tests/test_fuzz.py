@@ -30,7 +30,7 @@ def test_reader_gives_typed_errors_on_what_failed_once_and_reads_what_is_sound(n
 
 def test_readers_give_typed_errors_on_hostile_input() -> None:
     """In a process of its own, whose memory is bounded."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--seconds", "40", "--seed", "1"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--seconds", "60", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     counts = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")][1:]

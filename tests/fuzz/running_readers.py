@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from peftc.artifact import STAGING, Artifact, staging
+from peftc.artifact import Artifact, staging
 from peftc.constant_cache import ConstantCache
 from peftc.constants import Held, Leaf
-from peftc.errors import raise_all
+from peftc.errors import ArtifactError, raise_all
 from peftc.evaluate import value
 from peftc.examples import read_examples
 from peftc.exporters.in_parts import _told
@@ -113,14 +113,11 @@ def resident(root: Path) -> Any:
 
 def log(root: Path) -> Any:
     """What an interrupted export left."""
-    away = root.parent / f".{root.name}.peftc-{STAGING}"
-    root.replace(away)
     try:
-        with staging(root, key="k", need=0, sources=[]) as stage:
+        with staging(root.parent / "out", key="k", need=0, sources=[], claim=root) as stage:
             return stage.files
-    finally:
-        if away.exists():
-            away.replace(root)
+    except IsADirectoryError as error:  # typed by who claims a directory of work
+        raise ArtifactError(str(error), where=str(root), fix="remove it") from error
 
 
 def run(root: Path) -> Any:
