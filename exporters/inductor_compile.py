@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ import torch.fx.config
 
 from peftc.errors import ArtifactError, CaptureError, MissingDependency, PeftcError
 from peftc.exporters.inductor_cache import kept
+from peftc.files import FULL
 from peftc.pieces import Cut, Piece
 from peftc.progress import Progress
 
@@ -72,9 +72,8 @@ def _scratch() -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     except (OSError, RuntimeError, CaptureError) as error:
-        full = (str(os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         said = str(error)
-        if not isinstance(error, OSError) and not any(text in said for text in full):
+        if not isinstance(error, OSError) and not any(os.strerror(n) in said for n in FULL):
             raise
         raise ArtifactError(
             f"the compiler's files could not be written: {said.splitlines()[0]}",

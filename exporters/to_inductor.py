@@ -18,12 +18,7 @@ from peftc.exporters.cases import BOUND, compare
 from peftc.exporters.inductor_compile import LIBRARY, compile_cuts, needs_compiler
 from peftc.exporters.inductor_slots import Mode, Swap
 from peftc.exporters.inductor_weights import OWN_FILE, FourBit, Table, Weights
-from peftc.exporters.to_safetensors import (
-    folders,
-    key_for,
-    manifest,
-    write_model,
-)
+from peftc.exporters.to_safetensors import folders, key_for, manifest, write_model
 from peftc.exporters.virtual_constants import Virtual, settled
 from peftc.libraries import Graph
 from peftc.link import link, plan

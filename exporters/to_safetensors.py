@@ -95,15 +95,13 @@ def refuse_changes(program: Program) -> None:
     raise_all(errors)
 
 
-def refuse_adapters(
-    program: Program, target: str | Path, instead: str = "write it with --format peft"
-) -> None:
+def refuse_adapters(program: Program, target: str | Path) -> None:
     """Raises an error unless a program is a plain model."""
     if program.adapters:
         raise ArtifactError(
             f"the program still carries the adapter {', '.join(program.adapters)}",
             where=str(target),
-            fix=f"merge it (--merge), or {instead}",
+            fix="merge it (--merge), or write it with --format peft",
         )
 
 

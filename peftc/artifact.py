@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from peftc.checkpoint import read_json, within
 from peftc.errors import ArtifactError, CheckpointError, PeftcError, raise_all
-from peftc.files import clashes, is_plain, lines, opened, write
+from peftc.files import FULL, clashes, is_plain, lines, opened, write
 from peftc.files import fresh as new_file
 from peftc.interrupts import Terminated, later
 
@@ -31,8 +30,8 @@ WEIGHTS = ".safetensors"  # the end of the names of files that are nothing but n
 STAGING = "staging"  # what a directory is for in which an artifact is written
 LOG = "done.jsonl"  # in a staging directory: what is finished
 AHEAD = "ahead"  # in one too: what was copied before it was known to be needed
-HOLDER = 300  # bytes at most of that name
 LOCK = "lock"  # in every directory of work: held by the run that works there, whose name is in it
+HOLDER = 300  # bytes at most of that name
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,7 @@ def _typed(error: OSError, root: Path, target: Path) -> PeftcError:
     name = error.filename
     path = Path(name).absolute() if isinstance(name, str) else target
     own = path in (target.parent, target, _previous(target), root) or root in path.parents
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in FULL
     if not (own or full):
         return _unread(error, str(path))
     return ArtifactError(

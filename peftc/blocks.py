@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from mmap import mmap
 from pathlib import Path
 from threading import Condition
@@ -100,16 +101,15 @@ class BlockFile:
         handle = direct.opened(self.path)
         try:
             for number in range(-(-self.size // direct.BLOCK)):
-                taken, length = (
-                    self._filled(number),
-                    min(direct.BLOCK, self.size - number * direct.BLOCK),
-                )
-                view = memoryview(taken)
-                if number not in self.there:
-                    place = number * direct.BLOCK
-                    writing.append(writers.submit(direct.write, handle, view, length, place))
+                taken, length = self._filled(number), self._length(number)
+                view, place = memoryview(taken), number * direct.BLOCK
+                if number in self.there:
+                    digest.update(view[:length])
+                    self._room.give_back(taken)
+                    continue
+                writing.append(writers.submit(direct.write, handle, view, length, place))
                 digest.update(view[:length])
-                self._leave(taken, writing[-1] if number not in self.there else None)
+                writing[-1].add_done_callback(partial(self._leave, taken))
                 while len(writing) > _BEHIND:
                     writing.popleft().result()
             while writing:
@@ -124,12 +124,8 @@ class BlockFile:
     def _length(self, number: int) -> int:
         return min(direct.BLOCK, self.size - number * direct.BLOCK)
 
-    def _leave(self, taken: mmap, writing: Future[None] | None) -> None:
-        """Gives a block's memory back once it is written."""
-        if writing is None:
-            self._room.give_back(taken)
-        else:
-            writing.add_done_callback(lambda _: self._room.give_back(taken))
+    def _leave(self, taken: mmap, written: Future[None]) -> None:
+        self._room.give_back(taken)
 
     def _opened(self, number: int) -> _Block:
         """A block, once there is memory for it."""

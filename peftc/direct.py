@@ -15,9 +15,7 @@ import os
 from pathlib import Path
 
 BLOCK = 4 << 20  # bytes, by which files are cut from their start
-ALIGNMENT = (
-    4096  # of what is written directly: its place in memory, its place in the file, its size
-)
+ALIGNMENT = 4096  # of the memory, of the place in the file and of the size of a direct write
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _REFUSALS = {errno.EINVAL, errno.EOPNOTSUPP}
 

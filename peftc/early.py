@@ -18,7 +18,7 @@ from threading import Event, Thread
 from typing import Any
 
 from peftc import direct
-from peftc.artifact import AHEAD, LOG, MANIFEST, Artifact, claimed, obstacles
+from peftc.artifact import AHEAD, LOG, MANIFEST, STAGING, Artifact, claimed, obstacles
 from peftc.checkpoint import PEFT_PREFIX, Checkpoint, contained, read_json, subfolder
 from peftc.files import opened
 from peftc.safetensors_file import SafetensorsFile, State, read_header, state_of
@@ -54,7 +54,6 @@ class HeadStart:
         self._claim: Path | None = None  # the staging directory, once it is held
         self._copies: dict[str, _Copy] = {}  # by the file's name
         self._ended = Event()
-        self._memory = direct.memory(_RUN)
         self._thread = Thread(target=self._guess, name="peftc-head-start", daemon=True)
 
     def __enter__(self) -> HeadStart:
@@ -105,17 +104,20 @@ class HeadStart:
             checkpoint = Checkpoint.open(base)
             touched = _touched(checkpoint, adapters)
             target, sources = self._target.absolute(), [base, *adapters]
-            resumed = target.parent / f".{target.name}.peftc-staging" / LOG
+            resumed = target.parent / f".{target.name}.peftc-{STAGING}" / LOG
             if not touched or not target.parent.is_dir() or resumed.exists():
                 return
             if obstacles(target, checkpoint.nbytes, sources, self._overwrite):
                 return
             self._claim = self._held.enter_context(claimed(target))
             (self._claim / AHEAD).mkdir()
+            room = memoryview(direct.memory(_RUN))
             for file in checkpoint.files:
-                self._copy(file, self._claim / AHEAD / file.path.name, touched)
+                self._copy(file, self._claim / AHEAD / file.path.name, touched, room)
 
-    def _copy(self, file: SafetensorsFile, target: Path, touched: set[str]) -> None:
+    def _copy(
+        self, file: SafetensorsFile, target: Path, touched: set[str], room: memoryview
+    ) -> None:
         spans = [
             (ref.start // direct.BLOCK, -(-(ref.start + ref.nbytes) // direct.BLOCK))
             for ref in file.tensors.values()
@@ -125,7 +127,7 @@ class HeadStart:
         with opened(file.path) as source:
             copy = _Copy(file.path, state_of(os.fstat(source.fileno())))
             direct.reserve(target, file.size)
-            out, room = direct.opened(target), memoryview(self._memory)
+            out = direct.opened(target)
             try:
                 self._copies[file.path.name] = copy
                 # Not the first, of the header, and none that is not whole.

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write fails with that lacks room
 LARGEST = 1 << 30  # bytes of a file that is read whole, where nothing says less
 
 

@@ -33,10 +33,10 @@ from peftc.evaluate import (
     single_threaded,
     value,
 )
-from peftc.files import descriptor, opened
+from peftc.files import opened
 from peftc.program import OutputFile, Program
 from peftc.progress import SILENT, Progress
-from peftc.reading import read
+from peftc.reading import fill, read
 from peftc.safetensors_file import TensorRef
 from peftc.storage import contents
 
@@ -325,16 +325,8 @@ def _pieces(constant: Constant, device: torch.device) -> Iterator[Piece]:
 
 def _copy(ref: TensorRef, file: BlockFile, offset: int, on_bytes: Callable[[int], None]) -> None:
     """Reads a tensor's bytes into their places."""
-    handle, position = descriptor(ref.file), ref.start
-    try:
-        for place in file.places(offset, ref.nbytes):
-            if not direct.read_into(handle, place, position):
-                raise CheckpointError(
-                    "was truncated while it was read",
-                    where=str(ref.file),
-                    fix="restore it, and run again",
-                )
-            position += len(place)
-            on_bytes(len(place))
-    finally:
-        os.close(handle)
+    position = ref.start
+    for place in file.places(offset, ref.nbytes):
+        fill(place, ref.file, position)
+        position += len(place)
+        on_bytes(len(place))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from peftc import direct
 from peftc.checkpoint import contained
 from peftc.constants import Leaf
 from peftc.devices import CPU
@@ -98,24 +99,26 @@ def _open(path: Path, inode: int, size: int) -> _OpenFile:
 
 def _read_bytes(path: Path, start: int, count: int, pinned: bool) -> torch.Tensor:
     raw = torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
-    view = raw.numpy().data
-    done = 0
+    fill(raw.numpy().data, path, start)
+    return raw
+
+
+def fill(room: memoryview, path: Path, start: int) -> None:
+    """Reads a file's bytes from `start` on into memory, until it is full.
+
+    Raises:
+        CheckpointError: The file ends before, or cannot be read.
+    """
     try:
         info = path.stat()
-        file = _open(path, info.st_ino, info.st_size)
-        while done < count:
-            got = os.preadv(file.fd, [view[done:]], start + done)
-            if not got:
-                raise CheckpointError(
-                    "was truncated while it was read",
-                    where=str(path),
-                    fix="restore it, and run again",
-                )
-            done += got
+        whole = direct.read_into(_open(path, info.st_ino, info.st_size).fd, room, start)
     except OSError as error:
         raise CheckpointError(
             f"cannot be read: {error.strerror}",
             where=str(path),
             fix="check that it is there, may be read, and lies on a sound disk",
         ) from error
-    return raw
+    if not whole:
+        raise CheckpointError(
+            "was truncated while it was read", where=str(path), fix="restore it, and run again"
+        )

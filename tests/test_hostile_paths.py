@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,9 @@ from .conftest import MakeAdapter, MakeCheckpoint
 from .fuzz.reader import Reader, as_bytes, zeros
 from .fuzz.readers import INDEX, onnx_seed, readers
 from .fuzz.running_readers import SLOT, told
-from .helpers import copied, edit, refuse, replace_by_link
+from .helpers import copied, edit, refuse, replace_by_link, within
 
 SECONDS = 10  # more than any of these takes; who opens a pipe waits for ever
-
-
-@contextmanager
-def in_time() -> Iterator[None]:
-    """Ends what hangs."""
-
-    def ring(*_: Any) -> None:
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _socket(path: Path) -> None:
@@ -123,7 +106,7 @@ def test_what_is_no_file_of_the_folder_is_refused_at_once(
     root = _made(reader, tmp_path / "folder")
     INSTEAD[instead](root / file)
     followed = instead == "link_out" and name in CHOSEN | NAMED
-    with in_time():
+    with within(SECONDS):
         # A folder of its name is no manifest: what is there is shown as a checkpoint.
         unlike = (name, file, instead) == ("inspect", MANIFEST, "folder")
         if instead == "link_to_nothing" or unlike:  # as if it were not there
@@ -251,7 +234,7 @@ def test_name_in_a_file_is_refused_when_it_is_no_name_of_a_file_in_its_folder(
             continue  # protobuf writes no such text
         (root := tmp_path / str(number) / "in").mkdir(parents=True)
         (root.parent / "x").write_bytes(zeros(w=[2]))  # what ../x would find
-        with in_time(), pytest.raises(PeftcError):
+        with within(SECONDS), pytest.raises(PeftcError):
             NAMED_IN[place](root, name)
         assert {path.name for path in root.parent.iterdir()} == {"in", "x"}
 
@@ -281,7 +264,7 @@ def test_hostile_folder_is_refused_by_whole_jobs(
         lambda out: apply(base, [Lora(rank=2)], out),
     ]
     for job in jobs:
-        with in_time():
+        with within(SECONDS):
             errors = refuse(tmp_path, CheckpointError, job)
         assert [Path(str(e.where)).name for e in errors] == [
             "generation_config.json", "tokenizer_config.json.x", "tool.jinja",
@@ -361,7 +344,7 @@ def test_directory_of_work_that_is_a_link_is_refused(
 def test_pipe_in_the_place_of_a_lock_does_not_hold_the_work(tmp_path: Path) -> None:
     (stage := tmp_path / ".out.peftc-staging").mkdir()
     os.mkfifo(stage / "lock")
-    with in_time():
+    with within(SECONDS):
         _written_adapter(tmp_path / "out")
     assert (tmp_path / "out" / MANIFEST).is_file()
 

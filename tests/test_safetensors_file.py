@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,8 @@ from safetensors.torch import save_file
 from peftc.constants import DTYPES
 from peftc.errors import CheckpointError
 from peftc.safetensors_file import BITS, MAX_HEADER, SafetensorsFile, read_header
+
+from .helpers import within
 
 DATA = bytes(range(28))
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -251,22 +250,6 @@ def test_header_is_refused_quickly_when_its_shape_has_many_dimensions(file: Path
     began = time.perf_counter()
     refused(file)
     assert time.perf_counter() - began < 0.5
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fails the test where the block hangs."""
-
-    def ring(*_: object) -> None:
-        raise AssertionError(f"hangs for more than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def test_directory_is_refused(tmp_path: Path) -> None:
